@@ -1,0 +1,276 @@
+"""The command line: parse, call one function, print. Every mistake of the user's ends in one line, in `main`.
+
+Commands import what they need when they run: torch takes seconds, and `--help` should not.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmpt.config import RunConfig
+    from mmpt.evaluate.embed import Embeddings
+    from mmpt.model.multimodal import MultimodalModel
+
+DEMO = Path("configs/demo.yaml")
+OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)
+"""Operating system errors that a path of the user's causes; any other is a fault of mmpt's and keeps its traceback."""
+
+# rich's boxes are for a terminal; elsewhere (a pipe, a log) plain lines read better.
+LOOK: Literal["rich"] | None = "rich" if sys.stdout.isatty() else None
+
+
+def _group(**settings: object) -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True, rich_markup_mode=LOOK, pretty_exceptions_enable=False, add_completion=False, **settings
+    )
+
+
+app = _group(help="Pretrain multimodal models on tar shards, and see what they find.", epilog="Start with: mmpt demo")
+eval_app = _group(help="Measure a trained run.")
+config_app = _group(help="Look at configs.")
+data_app = _group(help="Build shards, and look into them.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A run's config, YAML: those in configs/, or runs/NAME/config.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE ...", help="Settings that replace those of CONFIG: train.steps=100")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder: runs/NAME")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 for a mistake of the user's, 130 when stopped by Ctrl-C."""
+    try:
+        app(arguments, prog_name="mmpt")
+    except SystemExit as end:
+        if end.code == 130:
+            _complain("stopped; a run goes on from its last checkpoint when the command is given again")
+        return int(end.code or 0)
+    except OSError as error:
+        if error.errno not in OF_THE_USER:
+            raise
+        _complain(f"error: {error.filename or 'output'}: {error.strerror}")
+        return 2
+    except Exception as error:
+        from mmpt.types import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        for line in str(error).splitlines():
+            _complain(f"error: {line}")
+        return 2
+    return 0
+
+
+def _complain(line: str) -> None:
+    # Names and values in a message may come from a stranger's file: no control character reaches the terminal.
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+
+
+@app.command(
+    epilog="mmpt train configs/demo.yaml train.steps=2000\n\ntorchrun --nproc-per-node 2 -m mmpt train configs/demo.yaml"
+)
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a run, or go on with it.
+
+    The run lies in runs/NAME, NAME being the config's `name`. Where it has a checkpoint, it goes on from the last one.
+    """
+    from mmpt.config import load
+    from mmpt.train.loop import train as run_training
+
+    run_training(load(config, overrides), console=Console())
+
+
+@eval_app.callback()
+def _eval() -> None:
+    """Keeps `retrieval` a command of its own while it is the only one."""
+
+
+@eval_app.command(epilog="mmpt eval retrieval runs/demo --spec data/emoji/spec.yaml")
+def retrieval(
+    run: RunPath,
+    spec: Annotated[Path, typer.Option(metavar="SPEC", help="Data spec, YAML, of the pictures and texts to search.")],
+    split: Annotated[str, typer.Option(help="Split of the spec.")] = "val",
+) -> None:
+    """Find pictures by text, and texts by picture.
+
+    Prints R@1, R@5, R@10 and median rank in both directions, and writes them into the run's folder, under eval/.
+    """
+    _evaluate(run, spec, split)
+
+
+@app.command(epilog="mmpt report runs/demo")
+def report(run: RunPath) -> None:
+    """Write a run's report.html.
+
+    One page that opens offline: loss curves, throughput, the config, retrieval on the held-out split of the run's own data,
+    and examples of what the model finds and says.
+    """
+    _report(run)
+
+
+@config_app.command(epilog="mmpt config show configs/demo.yaml model.transformer.layers=12")
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved config.
+
+    Every default is written out; the parameters of the model, part by part, stand below as comments.
+    """
+    import torch
+
+    from mmpt.config import dump, load
+    from mmpt.model.multimodal import MultimodalModel, parameter_counts
+
+    resolved = load(config, overrides)
+    with torch.device("meta"):
+        counts = parameter_counts(MultimodalModel(resolved.model))
+    typer.echo(dump(resolved))
+    typer.echo("# parameters")
+    for part, count in counts.items():
+        typer.echo(f"# {part:<20} {count:>15,}")
+
+
+@config_app.command(epilog="mmpt config schema > run.schema.json")
+def schema() -> None:
+    """Print the JSON schema of configs.
+
+    Editors complete and check configs by it.
+    """
+    import json
+
+    from mmpt.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@data_app.command(epilog="mmpt data build emoji --out data/emoji")
+def build(
+    recipe: Annotated[Literal["emoji"], typer.Argument(metavar="RECIPE", help="Which corpus.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the shards, spec.yaml and tokenizer.json.")],
+) -> None:
+    """Write a public corpus as shards.
+
+    The spec and the tokenizer lie beside them. Building twice gives the same bytes.
+    """
+    _build(out)
+
+
+@data_app.command(epilog="mmpt data preview data/emoji/spec.yaml")
+def preview(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec, YAML.")],
+    tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="tokenizer.json; else the one beside SPEC.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the spec.")] = "train",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; else beside SPEC, with its name.")] = None,
+) -> None:
+    """Show documents as the model sees them.
+
+    Writes one page that opens offline: the first pictures, their tokens coloured by kind, and how packs hold them.
+    """
+    from mmpt.data.preview import preview as write_page
+
+    typer.echo(write_page(spec, tokenizer or spec.parent / "tokenizer.json", out or spec.with_suffix(".html"), split))
+
+
+@app.command()
+def demo() -> None:
+    """Build data, train, evaluate, report.
+
+    Trains configs/demo.yaml on emoji, a few minutes on two cores. Stopped and given again, it goes on where it was.
+    """
+    from mmpt.config import load
+    from mmpt.train import checkpoint
+    from mmpt.train.loop import train as run_training
+    from mmpt.types import UserError
+
+    began = time.monotonic()
+    if not DEMO.is_file():
+        raise UserError(f"{DEMO}: no such file here; run `mmpt demo` in the folder of the repository")
+    config = load(DEMO)
+    if _is_stale(Path(config.data.spec)):
+        _build(Path(config.data.spec).parent)
+    newest = checkpoint.newest(Path("runs") / config.name)
+    if newest and checkpoint.read_state(newest)[0].step == config.train.steps:
+        typer.echo(f"runs/{config.name} is trained to its last step already; `rm -r runs/{config.name}` starts it anew")
+    _report(run_training(config, console=Console()))
+    typer.echo(f"{time.monotonic() - began:.0f} s in all")
+
+
+def _is_stale(spec: Path) -> bool:
+    """Whether shards are missing, or older than the code that writes them."""
+    from mmpt.data import shards, tokens
+    from mmpt.recipes import emoji
+
+    written_by = [Path(module.__file__) for module in (emoji, shards, tokens)]
+    return not spec.is_file() or spec.stat().st_mtime < max(path.stat().st_mtime for path in written_by)
+
+
+def _build(out: Path) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mmpt.recipes import emoji
+
+    console = Console()
+    typer.echo(f"building {out}")
+    columns = TextColumn("building"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("building", total=None)
+        spec = emoji.build(out, lambda done, total: bar.update(task, completed=done, total=total))
+    typer.echo(f"{spec} and its shards are written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluated:
+    """What the report needs of an evaluation beside its result."""
+
+    model: MultimodalModel
+    config: RunConfig
+    embeddings: Embeddings
+    device: torch.device
+
+
+def _evaluate(run: Path, spec: Path | None, split: str) -> _Evaluated:
+    """Retrieval by the newest checkpoint of a run, on the run's own spec if none is given; writes and prints the result."""
+    import torch
+
+    from mmpt.evaluate.zero_shot import evaluate_retrieval, retrieval_table, write_result
+    from mmpt.train.checkpoint import load_model
+    from mmpt.train.step import autocast
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config, step = load_model(run, str(device))
+    spec = spec or Path(config.data.spec)
+    with autocast(config, device):
+        result, embeddings = evaluate_retrieval(model, config, spec, split, device)
+    path = write_result(run, result, config, step, spec, split)
+    Console().print(retrieval_table(result))
+    typer.echo(path)
+    return _Evaluated(model=model, config=config, embeddings=embeddings, device=device)
+
+
+def _report(run: Path) -> None:
+    from mmpt.data.index import Corpus
+    from mmpt.data.spec import load_spec
+    from mmpt.evaluate.gallery import gallery
+    from mmpt.evaluate.report import write_report
+    from mmpt.train.evaluation import SPLIT
+    from mmpt.train.step import autocast
+
+    found = _evaluate(run, None, SPLIT)
+    corpus = Corpus.open(load_spec(found.config.data.spec), SPLIT)
+    with autocast(found.config, found.device):
+        examples = gallery(found.model, found.config, corpus, SPLIT, found.embeddings, found.device)
+    typer.echo(write_report(run, examples))

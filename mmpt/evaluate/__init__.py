@@ -1,0 +1,1 @@
+"""From a checkpoint to figures: model -> Embeddings -> ranks -> eval/*.json, and everything of a run -> report.html."""

@@ -1,0 +1,92 @@
+"""The loop: build, resume, then step, log, evaluate and save until the steps are done.
+
+config -> world -> model, optimizer, loader -> [train_step -> metrics -> evaluate -> checkpoint] * steps
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+
+from mmpt import config as configuration
+from mmpt.config import RunConfig
+from mmpt.data.loader import Loader
+from mmpt.model.multimodal import MultimodalModel, parameter_counts
+from mmpt.parallel.apply import shard_model
+from mmpt.parallel.mesh import World, join_world
+from mmpt.train import checkpoint
+from mmpt.train.evaluation import evaluate
+from mmpt.train.machine import keep_freed_memory, make_repeatable
+from mmpt.train.metrics import Clock, MetricsLog, Ticker
+from mmpt.train.optimizer import make_optimizer
+from mmpt.train.step import train_step
+from mmpt.types import TrainState
+
+
+def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None = None) -> Path:
+    """Train runs/NAME to its last step, from its newest checkpoint if it has one. Returns the run's folder."""
+    make_repeatable()
+    keep_freed_memory()
+    with join_world() as world:
+        return _train(config, runs / config.name, world, console or Console())
+
+
+def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path:
+    model = MultimodalModel(config.model).initialize(config.train.seed).to(world.device)
+    counts = parameter_counts(model)
+    if world.mesh is not None:
+        shard_model(model, world.mesh)
+    optimizer = make_optimizer(model, config.optimizer)
+    state = begin_or_resume(run, model, optimizer, config, world)
+    loader = Loader(config, rank=world.rank, world_size=world.size, state=state.loader if state else None)
+    state = state or TrainState(step=0, loader=loader.state, samples=0)
+    with Ticker(console, config.train.steps, state.step, silent=not world.is_main) as ticker:
+        ticker.say(f"{run}: {counts['total']:,} parameters, {world.size} rank(s), from step {state.step} of {config.train.steps}")
+        _steps(config, run, world, model, optimizer, loader, state, ticker)
+    return run
+
+
+def _steps(config, run, world, model, optimizer, loader, state: TrainState, ticker: Ticker) -> None:
+    log = MetricsLog(run, state.step) if world.is_main else None
+    clock = Clock(log.seconds_before if log else 0.0)
+    batches, t = iter(loader), config.train
+    for step in range(state.step, t.steps):
+        began = time.perf_counter()
+        micro_batches = [batch.to(world.device) for batch in islice(batches, t.accumulate)]
+        waited = time.perf_counter() - began
+        figures = train_step(model, optimizer, micro_batches, step, config, world)
+        state = TrainState(step=step + 1, loader=micro_batches[-1].state, samples=state.samples + int(figures["documents"]))
+        clock.count(figures["documents"], waited)
+        ticker.step(state.step)
+        last = state.step == t.steps
+        if log and (state.step % t.log_every == 0 or last or state.step == 1):
+            figures |= {"samples": state.samples, **clock.read()}
+            log.write("train", state.step, figures)
+            ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
+        if last or (t.eval_every and state.step % t.eval_every == 0):
+            with clock.paused():
+                scores = evaluate(model, config, world)
+            if log and scores:
+                log.write("eval", state.step, scores)
+                ticker.say(
+                    f"step {state.step}  "
+                    + "  ".join(f"{k} {v:.3f}" for k, v in scores.items() if k.endswith(("R@1", "R@5", "token")))
+                )
+        if last or state.step % t.checkpoint_every == 0:
+            checkpoint.save(run, model, optimizer, state, config, world)
+    if log:
+        log.close()
+
+
+def begin_or_resume(run: Path, model, optimizer, config: RunConfig, world: World) -> TrainState | None:
+    """Load the newest checkpoint, or lay out an empty run. Refuses a finished run's folder whose config differs."""
+    found = checkpoint.newest(run)
+    state = checkpoint.restore(found, model, optimizer, config) if found else None
+    if world.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(configuration.dump(config))
+    world.barrier()
+    return state
