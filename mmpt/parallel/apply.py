@@ -22,4 +22,5 @@ def shard_model(model: MultimodalModel, mesh: DeviceMesh) -> MultimodalModel:
     for part in parts:
         fully_shard(part, mesh=mesh)
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # else fp32 takes NCCL's scaled sum, which gloo lacks
     return model
