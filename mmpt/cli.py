@@ -169,10 +169,10 @@ def build(
     _build(out)
 
 
-@data_app.command(epilog="mmpt data preview data/emoji/spec.yaml")
+@data_app.command(epilog="mmpt data preview data/emoji/spec.yaml --config configs/demo.yaml")
 def preview(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec, YAML.")],
-    tokenizer: Annotated[Path | None, typer.Option(metavar="FILE", help="tokenizer.json; else the one beside SPEC.")] = None,
+    config: Annotated[Path, typer.Option(metavar="CONFIG", help="The run's config: its tokenizer, pictures and packs.")],
     split: Annotated[str, typer.Option(help="Split of the spec.")] = "train",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; else beside SPEC, with its name.")] = None,
 ) -> None:
@@ -180,9 +180,12 @@ def preview(
 
     Writes one page that opens offline: the first pictures, their tokens coloured by kind, and how packs hold them.
     """
+    from mmpt.config import load
     from mmpt.data.preview import preview as write_page
 
-    typer.echo(write_page(spec, tokenizer or spec.parent / "tokenizer.json", out or spec.with_suffix(".html"), split))
+    run = load(config)
+    page = out or spec.with_suffix(".html")
+    typer.echo(write_page(spec, run.data.tokenizer, page, split, run.model.image, run.data.pack_tokens))
 
 
 @app.command()

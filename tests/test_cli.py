@@ -139,10 +139,14 @@ def test_a_run_is_trained_evaluated_and_reported(mmpt, tiny_config: RunConfig, t
     assert "<html" in Path("runs/tiny/report.html").read_text()
 
 
-def test_preview(mmpt, tiny_data: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    assert mmpt("data", "preview", tiny_data / "tiny.yaml", "--out", page) == (0, f"{page}\n", "")
-    assert "tiny000" in page.read_text() and "data:image/png" in page.read_text()
+def test_preview(mmpt, tiny_data: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
+    page, config = tmp_path / "page.html", tmp_path / "tiny.yaml"
+    config.write_text(dump(tiny_config))
+    code, out, err = mmpt("data", "preview", tiny_data / "tiny.yaml", "--config", config, "--out", page)
+    assert (code, out, err) == (0, f"{page}\n", "")
+    shown = page.read_text()
+    assert "tiny000" in shown and "data:image/png" in shown
+    assert "4 tokens a picture" in shown and "Packs of 128 tokens" in shown
 
 
 @pytest.mark.parametrize("command", [["train"], ["config", "show"]])
@@ -168,7 +172,7 @@ def test_data_that_is_not_there(complaint, tiny_config: RunConfig, tmp_path: Pat
     bare.write_text(BARE)
     line = complaint("train", config, f"data.spec={bare}")
     assert str(bare) in line and "a-0.tar" in line and "shards.root" in line
-    assert "a-0.tar" in complaint("data", "preview", bare, "--out", tmp_path / "page.html")
+    assert "a-0.tar" in complaint("data", "preview", bare, "--config", config, "--out", tmp_path / "page.html")
 
 
 def test_a_run_that_is_not_there(complaint, tiny_config: RunConfig, tmp_path: Path) -> None:

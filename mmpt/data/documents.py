@@ -61,7 +61,12 @@ def _entry(part: Any, where: str) -> Entry:
         raise ValueError(f"{where} is a {type(part).__name__}, not an object")
     kind = part.get("type")
     if kind == "text":
-        return TextEntry(text=_field(part, "text", str, where), predict=_field(part, "predict", bool, where, default=True))
+        text = _field(part, "text", str, where)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no text holds
+            raise ValueError(f"{where}.text: {text[error.start]!r} at character {error.start} is no character of Unicode text") from error
+        return TextEntry(text=text, predict=_field(part, "predict", bool, where, default=True))
     if kind == "image":
         width, height = _size(part, where)
         return ImageEntry(

@@ -1,7 +1,6 @@
 """The first documents of a split as the model sees them, in one HTML file that opens offline.
 
-spec -> Corpus -> Document -> tokenize -> pictures and coloured tokens
-                                 lengths -> best_fit_decreasing -> rows coloured by document
+spec -> Corpus -> Document -> tokenize -> pictures, coloured tokens -> best_fit_decreasing -> rows coloured by document
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from torchvision.io import encode_png
 
-from mmpt.config import DataConfig, ImageEncoderConfig
+from mmpt.config import ImageEncoderConfig
 from mmpt.data.documents import to_document
 from mmpt.data.index import Corpus
 from mmpt.data.media import composite, decode_image
@@ -61,13 +60,14 @@ LEGEND = {
 }
 
 
-def preview(spec: str | Path, tokenizer: str | Path, out: str | Path, split: str = "train") -> Path:
-    """Write the first documents of a split to `out`, with the default picture and pack sizes. Returns its path.
+def preview(
+    spec: str | Path, tokenizer: str | Path, out: str | Path, split: str, image: ImageEncoderConfig, pack_tokens: int
+) -> Path:
+    """Write the first documents of a split to `out`, pictures and packs in the sizes given. Returns its path.
 
     Raises UserError for a spec or a tokenizer that does not load, and for a faulty document.
     """
     corpus, words = Corpus.open(load_spec(spec), split), Tokenizer.load(tokenizer)
-    image = ImageEncoderConfig()
     shown, lengths = [], []
     for number in range(min(DOCUMENTS, len(corpus))):
         sample = corpus.read(number)
@@ -78,7 +78,7 @@ def preview(spec: str | Path, tokenizer: str | Path, out: str | Path, split: str
         except ValueError as error:
             raise UserError(f"{corpus.name}: document {sample.key} of {sample.shard}: {error}") from error
         lengths.append(sum(len(segment.tokens) for segment in segments))
-    pack_tokens = max([DataConfig.model_fields["pack_tokens"].default, *lengths])
+    pack_tokens = max([pack_tokens, *lengths])
     page = PAGE.format(
         name=escape(corpus.name),
         style=STYLE,

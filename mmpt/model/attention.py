@@ -75,16 +75,17 @@ def attend(
     The kernel computes in the type of v, but for short segments on a CPU: torch's bf16 kernel packs each segment for
     the matrix unit, which below SHORT tokens takes up to ten times as long as plain fp32.
     """
+    short = all(length < SHORT for _, length in layout.groups)
+    dtype = torch.promote_types(v.dtype, torch.float32) if v.device.type == "cpu" and short else v.dtype
     sizes = [count * length for count, length in layout.groups]
+    grouped = q.shape[1] != k.shape[1]
     out = []
-    for (count, length), *parts in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        dtype = torch.promote_types(v.dtype, torch.float32) if v.device.type == "cpu" and length < SHORT else v.dtype
-        queries, keys, values = (rearrange(part, "(n l) h d -> n h l d", n=count).to(dtype) for part in parts)
-        with torch.autocast(v.device.type, enabled=False):
-            grouped = q.shape[1] != k.shape[1]
+    with torch.autocast(v.device.type, enabled=False):
+        for (count, _), *parts in zip(layout.groups, *(x.to(dtype).split(sizes) for x in (q, k, v)), strict=True):
+            queries, keys, values = (rearrange(part, "(n l) h d -> n h l d", n=count) for part in parts)
             mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal, enable_gqa=grouped)
-        out.append(rearrange(mixed, "n h l d -> (n l) h d").to(v.dtype))
-    return torch.cat(out) if out else q
+            out.append(rearrange(mixed, "n h l d -> (n l) h d"))
+    return torch.cat(out).to(v.dtype) if out else q
 
 
 def rotary_angles(

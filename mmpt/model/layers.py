@@ -27,10 +27,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         normed = _widened(x) * scale
-        weighted = grad * weight
-        along = (weighted * normed).mean(-1, keepdim=True)
-        grad_weight = (grad * normed).sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
-        grad_x = weighted.sub_(normed.mul_(along)).mul_(scale)
+        both = grad * normed
+        grad_weight = both.sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
+        along = both.mul_(weight).mean(-1, keepdim=True)
+        grad_x = (grad * weight).sub_(normed.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_weight, None
 
 

@@ -50,8 +50,8 @@ class MultimodalModel(nn.Module):
         torch.manual_seed(seed)
         self.image_encoder.initialize()
         self.transformer.initialize()
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        nn.init.normal_(self.embedding_head.weight, std=self.config.transformer.dim**-0.5)
+        for weight in (self.embed_tokens.weight, self.embedding_head.weight):
+            nn.init.normal_(weight, std=self.config.transformer.dim**-0.5)
         nn.init.constant_(self.log_scale, math.log(self.config.logit_scale_init))
         return self
 

@@ -95,11 +95,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights of deviation 0.02; those that write into the residual stream shrink with depth (GPT-2)."""
+        """Normal weights that keep a vector's length; those that write into the residual stream shrink with depth (GPT-2)."""
         shrink = (2 * max(len(self.blocks), 1)) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 into_residual = name.endswith(("attention.out", "ffn.down"))
-                nn.init.normal_(module.weight, std=0.02 * (shrink if into_residual else 1.0))
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 * (shrink if into_residual else 1.0))
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)

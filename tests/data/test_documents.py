@@ -61,6 +61,7 @@ def test_parse_needs_no_payload():
         ({"v": 1, "parts": ["text"]}, r"parts\[0\] is a str"),
         ({"v": 1, "parts": [{"type": "audio"}]}, r"parts\[0\].type = 'audio': known are 'text' and 'image'"),
         ({"v": 1, "parts": [{"type": "text", "text": 3}]}, r"parts\[0\].text = 3: str expected"),
+        ({"v": 1, "parts": [{"type": "text", "text": "a\ud800"}]}, r"parts\[0\].text: '.*' at character 1 is no character"),
         ({"v": 1, "parts": [{"type": "text", "text": "a", "predict": 1}]}, r"parts\[0\].predict = 1: bool expected"),
         ({"v": 1, "parts": [{"type": "text", "text": "a"}], "meta": []}, r"document.meta = \[\]: dict expected"),
         (record(wh=[3]), r"parts\[0\].wh = \[3\]: \[width, height\]"),

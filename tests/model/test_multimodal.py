@@ -71,9 +71,7 @@ def test_the_caption_follows_from_the_picture(model: MultimodalModel, batch: Pac
 
 def test_a_batch_without_pictures_reaches_every_parameter(model: MultimodalModel, batch: PackedBatch):
     """Ranks without a picture run the encoder all the same, with gradients of exactly zero."""
-    empty = MediaBatch(
-        patches=batch.images.patches[:0], cu_seqlens=torch.zeros(1, dtype=torch.int64), grid=batch.images.grid[:0]
-    )
+    empty = MediaBatch(patches=batch.images.patches[:0], cu_seqlens=torch.zeros(1, dtype=torch.int64), grid=batch.images.grid[:0])
     nothing = torch.full_like(batch.tokens, NOTHING)
     none = torch.empty(0, dtype=torch.int64)
     blind = replace(

@@ -35,7 +35,9 @@ def test_norms_and_the_scale_do_not_decay(tiny_config: RunConfig):
     decayed, kept = make_optimizer(model, tiny_config.optimizer).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
-    assert {names[id(p)] for p in kept["params"]} == {n for n in names.values() if n.endswith(("norm.weight", "bias", "log_scale"))}
+    assert {names[id(p)] for p in kept["params"]} == {
+        n for n in names.values() if n.endswith(("norm.weight", "bias", "log_scale"))
+    }
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
