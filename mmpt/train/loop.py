@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
 
 from mmpt import config as configuration
 from mmpt.config import RunConfig
@@ -49,7 +51,17 @@ def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path
     return run
 
 
-def _steps(config, run, world, model, optimizer, loader, state: TrainState, ticker: Ticker) -> None:
+def _steps(
+    config: RunConfig,
+    run: Path,
+    world: World,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: Loader,
+    state: TrainState,
+    ticker: Ticker,
+) -> None:
+    """Take the steps that are left: log, evaluate and save as often as the config says, and at the end."""
     log = MetricsLog(run, state.step) if world.is_main else None
     clock = Clock(log.seconds_before if log else 0.0)
     batches, t = iter(loader), config.train
@@ -71,18 +83,16 @@ def _steps(config, run, world, model, optimizer, loader, state: TrainState, tick
                 scores = evaluate(model, config, world)
             if log and scores:
                 log.write("eval", state.step, scores)
-                ticker.say(
-                    f"step {state.step}  "
-                    + "  ".join(f"{k} {v:.3f}" for k, v in scores.items() if k.endswith(("R@1", "R@5", "token")))
-                )
+                shown = (f"{name} {value:.3f}" for name, value in scores.items() if name.endswith(("R@1", "R@5", "token")))
+                ticker.say(f"step {state.step}  {'  '.join(shown)}")
         if last or state.step % t.checkpoint_every == 0:
             checkpoint.save(run, model, optimizer, state, config, world)
     if log:
         log.close()
 
 
-def begin_or_resume(run: Path, model, optimizer, config: RunConfig, world: World) -> TrainState | None:
-    """Load the newest checkpoint, or lay out an empty run. Refuses a finished run's folder whose config differs."""
+def begin_or_resume(run: Path, model: nn.Module, optimizer: Optimizer, config: RunConfig, world: World) -> TrainState | None:
+    """Load the newest checkpoint, if there is one, and write the config. Raises UserError for a run begun under another."""
     found = checkpoint.newest(run)
     state = checkpoint.restore(found, model, optimizer, config) if found else None
     if world.is_main:
