@@ -76,7 +76,7 @@ def test_damage_is_named(run: Path, file: str, damage):
         path.unlink()
     else:
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match="checkpoint .*step-00000004"):
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000004"):
         load_model(run)
 
 
