@@ -1,7 +1,6 @@
 """A config's mistakes are told in one line each: the field, its value, the mend."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +154,7 @@ def test_the_environment_is_not_read(small: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_huge_file_is_not_parsed(small: Path) -> None:
     with small.open("wb") as file:
         file.truncate(100 * MAX_BYTES)
-    began = time.perf_counter()
     assert f"{100 * MAX_BYTES:,} bytes" in mistake(small)
-    assert time.perf_counter() - began < 1
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first(small: Path) -> None:
