@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import on_ranks
 
 from mmpt.objectives.contrastive import contrastive_loss
 from mmpt.types import IMAGE, TEXT, EmbeddingSlots
@@ -39,7 +40,7 @@ def body(shares: list[int]) -> tuple[float, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shares", [[4, 3], [7, 0], [1, 6]])
-def test_equals_one_process(on_ranks, shares):
+def test_equals_one_process(shares):
     loss, grad, scale_grad = gradients([PAIRS], 0, None)
     ranks = on_ranks(2, body, shares)
     assert sum(part[0] for part in ranks) == pytest.approx(loss, rel=1e-12)

@@ -47,6 +47,7 @@ def test_code_in_the_metadata_does_not_run(run: Path, tmp_path: Path):
     assert not evidence.exists()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_pickled_objects_beside_tensors_are_refused(run: Path, tmp_path: Path):
     """DCP stores what is no tensor as a pickle, and unpickles it on loading."""
     evidence = tmp_path / "code ran"
