@@ -26,7 +26,7 @@ from rich.table import Table
 from mmpt.config import RunConfig, load
 from mmpt.data.loader import Loader
 from mmpt.model.multimodal import MultimodalModel, parameter_counts
-from mmpt.parallel.mesh import join_world
+from mmpt.parallel.mesh import World, join_world
 from mmpt.train.machine import keep_freed_memory, make_repeatable
 from mmpt.train.optimizer import make_optimizer
 from mmpt.train.step import autocast, train_step
@@ -36,14 +36,13 @@ WARM_UP = 2
 Step = Callable[[int], None]
 
 
-def ours(config: RunConfig, batches: list[PackedBatch]) -> tuple[Step, int]:
+def ours(config: RunConfig, batches: list[PackedBatch], world: World) -> tuple[Step, int]:
     """A whole training step of mmpt on batch i, and the model's parameters."""
     model = MultimodalModel(config.model).initialize(seed=0)
     optimizer = make_optimizer(model, config.optimizer)
 
     def step(i: int) -> None:
-        with join_world() as world:
-            train_step(model, optimizer, [batches[i]], i, config, world)
+        train_step(model, optimizer, [batches[i]], i, config, world)
 
     return step, parameter_counts(model)["total"]
 
@@ -59,7 +58,7 @@ def open_clips(config: RunConfig, batches: list[PackedBatch], context: int) -> t
         text_cfg={**words, "heads": text.n_heads},
     )
     loss_of, optimizer = open_clip.ClipLoss(), make_optimizer(model, config.optimizer)
-    pairs = [(pictures(batch, config), captions(batch, context)) for batch in batches]
+    pairs = [(pictures(batch, config), captions(batch, context, config.model.vocabulary)) for batch in batches]
 
     def step(i: int) -> None:
         with autocast(config, torch.device("cpu")):
@@ -80,14 +79,14 @@ def pictures(batch: PackedBatch, config: RunConfig) -> torch.Tensor:
     return rearrange(batch.images.patches.float() / 127.5 - 1, "(m h w) (p q c) -> m c (h p) (w q)", **shape)
 
 
-def captions(batch: PackedBatch, context: int) -> torch.Tensor:
+def captions(batch: PackedBatch, context: int, vocabulary: int) -> torch.Tensor:
     """The batch's caption segments, padded with 0. open_clip pools at the largest id, so the last token, <emb>, becomes it."""
     rows = []
     with_picture = set(batch.document_ids[batch.media_index != NOTHING].tolist())
     for number in range(int(batch.document_ids.max()) + 1):
         if number not in with_picture:
             tokens = batch.tokens[batch.document_ids == number][:context].clone()
-            tokens[-1] = 2047
+            tokens[-1] = vocabulary - 1
             rows.append(torch.nn.functional.pad(tokens, (0, context - len(tokens))))
     return torch.stack(rows)
 
@@ -115,14 +114,16 @@ def main() -> None:
     batches = list(islice(Loader(config, rank=0, world_size=1), WARM_UP + arguments.rounds))
     longest = max(int(batch.position_ids[batch.media_index == NOTHING].max()) for batch in batches) + 1
     longest -= config.model.image.tokens_per_image
-    built = {
-        "mmpt, both losses": ours(config, batches),
-        "open_clip, captions padded to 77": open_clips(config, batches, 77),
-        f"open_clip, padded to the longest, {longest}": open_clips(config, batches, longest),
-    }
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
-    for name, *figures in measure({n: step for n, (step, _) in built.items()}, [b.documents for b in batches], arguments.rounds):
-        rounds[name].append(tuple(figures))
+    with join_world() as world:
+        built = {
+            "mmpt, both losses": ours(config, batches, world),
+            "open_clip, captions padded to 77": open_clips(config, batches, 77),
+            f"open_clip, padded to the longest, {longest}": open_clips(config, batches, longest),
+        }
+        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
+        steps = {name: step for name, (step, _) in built.items()}
+        for name, *figures in measure(steps, [batch.documents for batch in batches], arguments.rounds):
+            rounds[name].append(tuple(figures))
     report(config, arguments.rounds, batches, built, rounds)
 
 
