@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +57,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder: 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a mistake of the user's, 130 when stopped by Ctrl-C."""
     try:
-        app(arguments, prog_name="mmpt")
-    except SystemExit as end:
-        if end.code == 130:
+        code = int(app(arguments, prog_name="mmpt", standalone_mode=False) or 0)
+        if code == 130:  # typer's for Ctrl-C
             _complain("stopped; a run goes on from its last checkpoint when the command is given again")
-        return int(end.code or 0)
+        return code
+    except TyperException as error:
+        return _complain_of_usage(error)
     except OSError as error:
         if error.errno not in OF_THE_USER:
             raise
@@ -75,6 +77,17 @@ def main(arguments: list[str] | None = None) -> int:
             _complain(f"error: {line}")
         return 2
     return 0
+
+
+def _complain_of_usage(error: TyperException) -> int:
+    """A word that no command or option takes, in one line; a group without a command has printed its help already."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if message and not message.startswith("Usage:"):
+        where = context.command_path if context else "mmpt"
+        _complain(f"error: {message.replace('Value error, ', '').rstrip('.')}; see `{where} --help`")
+    elif message:
+        print(message)
+    return 2
 
 
 def _complain(line: str) -> None:

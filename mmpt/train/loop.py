@@ -74,7 +74,7 @@ def _steps(
         clock.count(figures["documents"], waited)
         ticker.step(state.step)
         last = state.step == t.steps
-        if log and (state.step % t.log_every == 0 or last or state.step == 1):
+        if log and (state.step % t.log_every == 0 or last):
             figures |= {"samples": state.samples, **clock.read()}
             log.write("train", state.step, figures)
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
