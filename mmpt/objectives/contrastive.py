@@ -49,9 +49,12 @@ def contrastive_loss(
     targets = torch.arange(own.start, own.stop, device=embeddings.device)
     loss, correct = embeddings.sum() * 0.0 + logit_scale.sum() * 0.0, embeddings.new_zeros(())
     for rows, columns in ((images, texts), (texts, images)):
-        logits = (logit_scale * (rows[own] @ columns.T)).masked_fill(duplicate, -torch.inf)
+        with torch.autocast(embeddings.device.type, enabled=False):  # cosines times 100 want more than bf16's three digits
+            cosines = rows[own] @ columns.T
+        logits = (logit_scale * cosines).masked_fill(duplicate, -torch.inf)
         loss = loss + 0.5 * F.cross_entropy(logits, targets, reduction="sum")
-        correct = correct + (logits.detach().argmax(1) == targets).sum() if len(targets) else correct
+        if len(targets):
+            correct = correct + (logits.detach().argmax(1) == targets).sum()
     negatives = (~duplicate).sum() - len(targets)
     return loss, ContrastiveReport(correct=correct, negatives=negatives)
 

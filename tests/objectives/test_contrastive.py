@@ -61,6 +61,15 @@ def test_duplicates_are_no_negatives():
     assert report.negatives == 2
 
 
+def test_cosines_keep_their_precision_under_autocast():
+    raw, log_scale = case(6)
+    embeddings = F.normalize(raw, dim=-1).detach().float()
+    plain, _ = contrastive_loss(embeddings, slots_for(6), log_scale.exp().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast, _ = contrastive_loss(embeddings, slots_for(6), log_scale.exp().float())
+    assert torch.equal(plain, under_autocast)
+
+
 def test_duplicates_on_literal_numbers():
     contents = torch.tensor([[0, 8], [1, 9], [1, 8]])
     assert duplicates(contents, slice(1, 3)).tolist() == [[False, False, True], [True, True, False]]
