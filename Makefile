@@ -25,5 +25,5 @@ $(READY): pyproject.toml constraints.txt
 	  echo "error: Python 3.11 or newer is needed, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "installing mmpt and what it needs into .venv: about a minute and a half, more on a slow network"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[emoji,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[emoji,s3,dev]'
 	@touch $@

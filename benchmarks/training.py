@@ -76,7 +76,7 @@ def pictures(batch: PackedBatch, config: RunConfig) -> torch.Tensor:
     """The batch's pictures as (pictures, 3, size, size), normalised as mmpt does."""
     side, patch = config.model.image.patches_per_side, config.model.image.patch
     shape = {"h": side, "w": side, "p": patch, "q": patch}
-    return rearrange(batch.images.patches.float() / 127.5 - 1, "(m h w) (p q c) -> m c (h p) (w q)", **shape)
+    return rearrange(batch.images.values.float() / 127.5 - 1, "(m h w) (p q c) -> m c (h p) (w q)", **shape)
 
 
 def captions(batch: PackedBatch, context: int, vocabulary: int) -> torch.Tensor:

@@ -48,7 +48,10 @@ class Section(BaseModel):
 class ImageEncoderConfig(Section):
     """A ViT over packed patches, projected into the shared transformer."""
 
-    size: Positive = Field(64, description="side in pixels to which pictures are brought")
+    size: Positive = Field(64, description="side in pixels of a square picture, whose area is the most that a picture may have")
+    resize: Literal["square", "native"] = Field(
+        "square", description="square: pictures are fitted into size x size; native: they keep shape and, up to that area, size"
+    )
     patch: Positive = Field(16, description="side in pixels of a patch")
     stem: Literal["linear", "conv"] = Field(
         "linear", description="linear: one projection per patch; conv: 3x3 convolutions of stride 2 down to one vector per patch"
@@ -68,6 +71,7 @@ class ImageEncoderConfig(Section):
 
     @property
     def tokens_per_image(self) -> int:
+        """Of a square picture: the most that a picture takes."""
         return (self.patches_per_side // self.merge) ** 2
 
     @model_validator(mode="after")
@@ -107,6 +111,21 @@ class TransformerConfig(Section):
         return self
 
 
+class AudioInputConfig(Section):
+    """How sounds reach the model: as the log-mel of 16 kHz, 100 frames a second."""
+
+    mel_bins: Literal[80, 128] = 80
+    frames_per_token: Positive = Field(8, description="log-mel frames that become one token of the shared transformer")
+
+
+class VideoInputConfig(Section):
+    """How clips reach the model: frames, cut into the patches of the image encoder."""
+
+    size: Positive | None = Field(
+        None, description="side in pixels of a square frame, a multiple of image.patch * image.merge; by default that of pictures"
+    )
+
+
 class ModelConfig(Section):
     vocabulary: Positive = Field(4096, description="rows of the token embedding; at least the tokenizer's size")
     embedding_dim: Positive = Field(256, description="width of the retrieval embeddings")
@@ -114,7 +133,19 @@ class ModelConfig(Section):
         14.3, description="the factor on cosines at the start (1 / temperature); learned from there"
     )
     image: ImageEncoderConfig = ImageEncoderConfig()
+    audio: AudioInputConfig = AudioInputConfig()
+    video: VideoInputConfig = VideoInputConfig()
     transformer: TransformerConfig = TransformerConfig()
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> ModelConfig:
+        _divides("image.patch * image.merge", self.image.patch * self.image.merge, "video.size", self.frame_size)
+        return self
+
+    @property
+    def frame_size(self) -> int:
+        """Side in pixels of a square frame of a clip."""
+        return self.video.size or self.image.size
 
 
 class AugmentConfig(Section):
@@ -129,13 +160,19 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    spec: str = Field(description="path of the data spec (YAML), relative to the working directory")
+    spec: str = Field(description="path of a data spec or a mixture (YAML), relative to the working directory")
     tokenizer: str = Field(description="path of a tokenizer.json of Hugging Face tokenizers")
     pack_tokens: Positive = Field(512, description="tokens of a pack")
+    pack_media: Positive | None = Field(
+        None, description="the most patches and log-mel frames of a pack: what bounds the encoders' memory; none: no bound"
+    )
     packs_per_batch: Positive = Field(16, description="packs of a micro-batch, over all ranks")
     window: Positive = Field(256, description="documents packed together, best fit first")
     workers: Annotated[int, Field(ge=0)] = Field(1, description="loader processes per rank; 0 reads in the training process")
-    prefetch: Positive = Field(4, description="batches that each worker keeps ready")
+    prefetch: Positive = Field(4, description="batches that each worker keeps ready, fewer where prefetch_mib holds fewer")
+    prefetch_mib: Positive = Field(2048, description="memory of a rank that batches made ahead may take, MiB")
+    cache: str = Field("~/.cache/mmpt", description="folder of the copies of remote shards")
+    cache_gib: Annotated[float, Field(gt=0)] = Field(64.0, description="the most that those copies take, GiB")
     seed: Seed = 0
     augment: AugmentConfig = AugmentConfig()
 

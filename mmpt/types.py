@@ -8,12 +8,12 @@ P embedding slots, D width of the shared transformer, E width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 IGNORE = -100
@@ -22,8 +22,12 @@ IGNORE = -100
 NOTHING = -1
 """`document_ids` of padding, `media_index` of a token that is not media, `pool_index` of a token that is not pooled."""
 
-TEXT, IMAGE = 0, 1
-"""Values of `EmbeddingSlots.modality`."""
+TEXT, IMAGE, AUDIO, VIDEO = 0, 1, 2, 3
+"""Values of `EmbeddingSlots.modality` and `MediaSpan.modality`."""
+
+
+Buffer = bytes | memoryview
+"""Encoded bytes: a view where they lie within the bytes of a whole batch."""
 
 
 class UserError(Exception):
@@ -47,13 +51,31 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    data: bytes  # encoded, as read from the shard
+    data: Buffer  # encoded, as read from the shard
+    crc32: int  # of `data` when it was indexed
+    width: int  # pixels, as shown: EXIF orientation applied
+    height: int  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audio:
+    data: Buffer  # encoded; of a video, if this is its track
+    crc32: int
+    sample_rate: int  # Hz
+    samples: int  # at that rate, counted from `start`
+    start: float = 0.0  # seconds into the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    data: Buffer  # encoded
+    crc32: int
     width: int  # pixels
     height: int  # pixels
-    predict: bool = False
+    clip: tuple[float, float]  # seconds: which stretch of the file is meant
 
 
-Part = Text | Image
+Part = Text | Image | Audio | Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +94,8 @@ class MediaSpan:
 
     start: int
     length: int
-    item: int
+    modality: int  # IMAGE, AUDIO or VIDEO
+    item: int  # counted from 0 among the document's items of that modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +103,7 @@ class EmbeddingToken:
     """The `<emb>` token at `position` holds the embedding of one part of the document."""
 
     position: int
-    modality: int  # TEXT or IMAGE
+    modality: int  # TEXT, IMAGE, AUDIO or VIDEO
     content: int  # hash of what is embedded: equal content is a duplicate, not a negative
 
 
@@ -96,40 +119,92 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, kw_only=True)
 class MediaBatch:
-    """Packed patches of all media items of one modality, item after item, raster order within an item."""
+    """What an encoder reads: the packed patches or log-mel frames of all items of one modality, item after item.
 
-    patches: UInt8[Tensor, "N patch_values"]  # (row, column, channel) of one patch, 0..255, not normalised
-    cu_seqlens: Int[Tensor, "M_plus_1"]  # item m owns patches cu_seqlens[m] : cu_seqlens[m + 1]
-    grid: Int[Tensor, "M 3"]  # patches along (time, height, width)
+    Patches stand in raster order, frame after frame; the values of one in (row, column, channel) order, uint8, not normalised.
+    Log-mel frames are fp32, as Whisper's.
+    """
+
+    values: Num[Tensor, "N values"]
+    cu_seqlens: Int[Tensor, "M_plus_1"]  # item m owns rows cu_seqlens[m] : cu_seqlens[m + 1] of `values`
+    grid: Int[Tensor, "M 3"]  # rows along (time, height, width): a sound has (frames, 1, 1)
+    times: Float[Tensor, " F"]  # seconds into the file of every step along time, item after item; F is the sum of grid[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSlots:
     """What each embedding slot of a batch stands for."""
 
-    modality: Int[Tensor, " P"]  # TEXT or IMAGE
+    modality: Int[Tensor, " P"]  # TEXT, IMAGE, AUDIO or VIDEO
     pair: Int[Tensor, " P"]  # number of the document within the batch: equal numbers belong together
     content: Int[Tensor, " P"]  # 63-bit hash of the content: equal hashes are duplicates
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentRef:
-    """Where a document of a pack came from."""
+    """Where a document of a pack came from, and where it went."""
 
     source: str
     key: str
     epoch: int
+    piece: int  # 0, but for the further pieces of a document that is longer than a pack
     pack: int  # number of the pack within the run, over all ranks
+    position: int  # of its first token in the pack
+    seed: int  # of its augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A part, or a whole document, that became padding."""
+
+    source: str
+    shard: str
+    key: str
+    part: int  # number within the document, or NOTHING for all of it
+    reason: str  # one word, counted: see mmpt.data.faults
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What it took to make a batch. Clocks differ from run to run; nothing that is computed depends on them."""
+
+    milliseconds: Mapping[str, float]  # of reading, and of decoding each modality
+    tokens: Mapping[str, int]  # of documents, by source
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCursor:
+    """How far one source of a mixture has been drawn."""
+
+    position: int  # documents drawn, over all epochs
+    consumed: int  # tokens or samples drawn since the weights last changed
+    weight: float  # in force in the window that the cursor stands in
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCursor:
+    """The next pack of a plan: number `pack` of window `window`, which began with the sources as given."""
+
+    window: int
+    pack: int
+    sources: Mapping[str, SourceCursor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderState:
-    """Where the plan stands after a batch, the same on every rank: the next pack is number `pack` of window `window`."""
+    """Where the plan stands after a batch, the same on every rank."""
 
-    fingerprint: str  # of index, tokenizer and packing settings: resuming under another is refused
-    window: int
-    pack: int
+    fingerprint: Mapping[str, str]  # of indices, tokenizer and pack settings: going on under others is refused
+    cursor: PlanCursor
     packs_consumed: int
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> LoaderState:
+        """Back from `dataclasses.asdict`. Raises KeyError or TypeError for anything else."""
+        sources = {name: SourceCursor(**cursor) for name, cursor in plain["cursor"]["sources"].items()}
+        return cls(**{**plain, "cursor": PlanCursor(**{**plain["cursor"], "sources": sources})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,27 +215,34 @@ class PackedBatch:
     labels: Int[Tensor, " T"]  # the next token, or IGNORE
     position_ids: Int[Tensor, " T"]  # from 0 within each segment
     document_ids: Int[Tensor, " T"]  # one number a segment, NOTHING for padding; attention stays within equal numbers
-    media_index: Int[Tensor, " T"]  # row of the concatenated media features, or NOTHING
+    media_index: Int[Tensor, " T"]  # row of the media features, those of images, audios and videos end to end, or NOTHING
     pool_index: Int[Tensor, " T"]  # embedding slot, or NOTHING
     images: MediaBatch
+    audios: MediaBatch
+    videos: MediaBatch
     slots: EmbeddingSlots
     provenance: tuple[DocumentRef, ...]  # indexed by `slots.pair`, one for each document
     state: LoaderState  # the loader's state once this batch is consumed
+    report: LoadReport
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        return _to(self, device)
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, from which a copy to an accelerator runs beside computation."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
     @property
     def documents(self) -> int:
         return len(self.provenance)
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if is_dataclass(value):
-        return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, LoaderState | LoadReport):
+        return replace(value, **{f.name: _map_tensors(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 

@@ -7,10 +7,14 @@ import random
 import zlib
 from pathlib import Path
 
+import av
+import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+import soundfile
 import torch
+import yaml
 
 from mmpt.config import RunConfig, parse
 from mmpt.data.shards import ShardWriter
@@ -76,6 +80,78 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.yaml").write_text(SPEC)
     Tokenizer.train(texts, vocabulary=300).save(folder / "tokenizer.json")
     return folder
+
+
+FOUR = """\
+version: 1
+name: four
+format: interleaved
+shards: {root: ".", pattern: "four-{00000..00001}.tar"}
+split: {train: ":"}
+audio: {max_seconds: 0.6}
+video: {fps: 4, max_frames: 3}
+"""
+
+
+def tone(number: int, seconds: float = 0.5, rate: int = 8000) -> bytes:
+    """A WAV file of one pitch."""
+    buffer = io.BytesIO()
+    time = np.arange(round(seconds * rate)) / rate
+    soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * (200 + 40 * number) * time), rate, format="WAV")
+    return buffer.getvalue()
+
+
+def clip(number: int, frames: int = 10, fps: int = 10) -> bytes:
+    """An MP4 file (h264) of a plain color that grows brighter, with a tone."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for frame in range(frames):
+            pixels = np.full((32, 48, 3), (20 * frame + 5 * number) % 256, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def four_document(number: int) -> tuple[dict, dict[str, bytes]]:
+    """Document `number` of the corpus of four modalities: two to four parts."""
+    shown, heard, seen = picture("box", COLORS[number % 6]), tone(number), clip(number)
+    sound = {"type": "audio", "file": "001.wav", "sample_rate": 8000, "samples": 4000, "crc32": zlib.crc32(heard)}
+    video = {"type": "video", "file": "002.mp4", "wh": [48, 32], "fps": 10, "frames": 10, "clip": [0, 1]}
+    text, image = {"type": "text", "text": f"number {number} in four ways"}, image_part("000.png", shown)
+    chosen = [[image, text], [sound, text], [text, video], [text, image, sound, video]][number % 4]
+    files = {"000.png": shown, "001.wav": heard, "002.mp4": seen}
+    used = {part["file"] for part in chosen if "file" in part}
+    return {"v": 1, "id": f"four{number:02d}", "parts": chosen}, {name: data for name, data in files.items() if name in used}
+
+
+@pytest.fixture(scope="session")
+def four_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `four.yaml`: two shards of eight documents with pictures, sounds, clips and texts."""
+    folder = tmp_path_factory.mktemp("four")
+    with ShardWriter(folder, "four", samples_per_shard=8) as writer:
+        for number in range(16):
+            document, files = four_document(number)
+            writer.write(document["id"], document, files)
+    (folder / "four.yaml").write_text(FOUR)
+    return folder
+
+
+@pytest.fixture
+def four_config(tiny_config: RunConfig, four_data: Path, tiny_data: Path, tmp_path: Path) -> RunConfig:
+    """A config whose data is a mixture of both corpora. Its model reads pictures and text alone: it is for loading."""
+    mixture = {
+        "version": 1,
+        "name": "both",
+        "mixture": [
+            {"spec": str(four_data / "four.yaml"), "weight": 2.0},
+            {"spec": str(tiny_data / "tiny.yaml"), "weight": 1.0},
+        ],
+    }
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(mixture))
+    data = tiny_config.data.model_copy(update={"spec": str(tmp_path / "both.yaml")})
+    return tiny_config.model_copy(update={"data": data})
 
 
 @pytest.fixture(scope="session")

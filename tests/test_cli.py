@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,12 @@ COMMANDS = (
     "config schema",
     "data",
     "data build",
+    "data index",
+    "data validate",
+    "data stats",
     "data preview",
+    "verify",
+    "verify data",
     "demo",
 )
 
@@ -145,8 +151,45 @@ def test_preview(mmpt, tiny_data: Path, tiny_config: RunConfig, tmp_path: Path) 
     code, out, err = mmpt("data", "preview", tiny_data / "tiny.yaml", "--config", config, "--out", page)
     assert (code, out, err) == (0, f"{page}\n", "")
     shown = page.read_text()
-    assert "tiny000" in shown and "data:image/png" in shown
-    assert "4 tokens a picture" in shown and "Packs of 128 tokens" in shown
+    assert "tiny0" in shown and "data:image/png" in shown and "picture 1 × 4" in shown
+
+
+def test_index(mmpt, tiny_data: Path) -> None:
+    code, out, err = mmpt("data", "index", tiny_data / "tiny.yaml", "--tokenizer", tiny_data / "tokenizer.json", "--workers", 1)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("tiny train: 36 documents in 3 shards, ") and "tokens of text" in out
+
+
+def test_validate_ends_in_1_where_anything_is_wrong(mmpt, tiny_data: Path, tmp_path: Path) -> None:
+    assert mmpt("data", "validate", tiny_data / "tiny.yaml", "--workers", 1)[:2] == (0, "48 documents of 4 shards: no faults\n")
+    shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "tiny-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:20_000])
+    code, out, err = mmpt("data", "validate", tmp_path / "tiny.yaml", "--workers", 1, "--json")
+    faults = json.loads(out)["faults"]
+    assert (code, err) == (1, "") and {fault["shard"] for fault in faults} == {"tiny-00001.tar"}
+    assert "truncated" in {fault["reason"] for fault in faults}
+    code, out, _ = mmpt("data", "validate", tmp_path / "tiny.yaml", "--workers", 1)
+    assert code == 1 and "truncated" in out
+
+
+def test_stats(mmpt, tiny_data: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump(tiny_config))
+    code, out, err = mmpt("data", "stats", tiny_data / "tiny.yaml", "--config", tmp_path / "tiny.yaml", "--json")
+    source = json.loads(out)["sources"]["tiny"]
+    assert (code, err, source["documents"]) == (0, "", 36)
+    assert "fill" in mmpt("data", "stats", tiny_data / "tiny.yaml", "--config", tmp_path / "tiny.yaml")[1]
+
+
+def test_a_corpus_of_another_format_is_built_and_trained_on(mmpt, tiny_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "a.txt.jsonl").write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(9)))
+    spec = {"version": 1, "name": "lines", "format": "text", "shards": {"root": ".", "pattern": "a.txt.jsonl"}}
+    (tmp_path / "lines.yaml").write_text(json.dumps(spec | {"split": {"train": ":"}}))
+    code, out, err = mmpt("data", "build", tmp_path / "lines.yaml", "--out", tmp_path / "built")
+    assert (code, err) == (0, "") and out.startswith("9 documents; 0 rows skipped, 0 pictures left out\n")
+    (tmp_path / "config.yaml").write_text(dump(tiny_config))
+    code, out, _ = mmpt("verify", "data", tmp_path / "config.yaml", f"data.spec={tmp_path / 'built' / 'spec.yaml'}")
+    assert code == 0 and "equal, with sample, augmentation seed, pack and position" in out
 
 
 @pytest.mark.parametrize("command", [["train"], ["config", "show"]])

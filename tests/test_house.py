@@ -1,5 +1,6 @@
 """The rules of the house that a program can hold: form, imports, and files that name no machine."""
 
+import os
 import re
 import subprocess
 import sys
@@ -28,10 +29,14 @@ def test_form(command: list[str]) -> None:
 
 def repository_files() -> list[Path]:
     """What a clone holds: everything that .gitignore does not name."""
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()] + [".git"]
-    top = [path for path in ROOT.iterdir() if not any(fnmatch(path.name, pattern) for pattern in ignored)]
-    found = [path for entry in top for path in ([entry] if entry.is_file() else entry.rglob("*"))]
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()] + [".git"]
+    found: list[Path] = []
+    for folder, folders, files in os.walk(ROOT):
+        at_root = folder == str(ROOT)
+        names = {name: (name, "/" + name) if at_root else (name,) for name in folders}
+        folders[:] = [name for name in folders if not any(fnmatch(way, each) for way in names[name] for each in ignored)]
+        found += [Path(folder, name) for name in files]
+    return found
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:

@@ -1,86 +1,93 @@
-"""Where every member of every sample lies, so that reading is one pread at a known offset.
+"""Where every member of every sample lies and what the parts of every document are, so that neither planning nor
+reading looks for anything: plans need the arrays alone, and reading is one pread at a known offset.
 
-NAME.tar --ShardIndex.build--> arrays --save--> NAME.tar.index.npz
-spec, split --Corpus.open--> corpus[i] -> Sample
+    NAME.tar --ShardIndex.build--> arrays --save--> NAME.tar.index.npz
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import re
 import tarfile
 import zipfile
-from dataclasses import dataclass, fields
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
 
-from mmpt.data.spec import DataSpec
-from mmpt.types import Sample, UserError
+from mmpt.data.documents import Entry, Layout, check_entries
+from mmpt.data.faults import REASONS, BadMedia
+from mmpt.data.names import KEY, SUFFIX, all_match
+from mmpt.data.tars import BLOCK, MAX_MEMBER_BYTES, read_members
+from mmpt.types import AUDIO, TEXT, VIDEO, UserError
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-SUFFIX = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-MAX_MEMBER_BYTES = 1 << 30
-MAX_OPEN = 128  # shards; systems allow 256 to 1,024 files to a process
-BLOCK = 512  # bytes of a tar record
-FORMAT = 1
+FORMAT = 2
+
+PART = np.dtype(
+    [
+        ("kind", "u1"),  # TEXT, IMAGE, AUDIO or VIDEO
+        ("predict", "?"),
+        ("member", "<i4"),  # number within the sample; -1 for a text in the JSON
+        ("width", "<i4"),  # pixels, as shown
+        ("height", "<i4"),
+        ("rate", "<i4"),  # Hz
+        ("samples", "<i8"),  # of a sound, at `rate`
+        ("start", "<f8"),  # seconds into the file
+        ("stop", "<f8"),
+    ]
+)
+"""One part of a document; the fields that its kind lacks are 0."""
 
 
-def index_path(tar: Path) -> Path:
-    return tar.with_name(tar.name + ".index.npz")
+def index_name(tar: str) -> str:
+    return tar + ".index.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """The members of one tar, as arrays. Members of a sample are neighbours, its JSON among them."""
+    """The samples of one tar, as arrays. Members of a sample are neighbours."""
 
     keys: np.ndarray  # (samples,) bytes
     first_member: Int[np.ndarray, " samples_plus_1"]  # sample i owns members first_member[i] : first_member[i + 1]
     suffixes: np.ndarray  # (members,) bytes
     offsets: Int[np.ndarray, " members"]  # bytes from the start of the tar to the member's data
     sizes: Int[np.ndarray, " members"]  # bytes
+    crcs: Int[np.ndarray, " members"]  # CRC-32 of the data
+    first_part: Int[np.ndarray, " samples_plus_1"]  # document i owns parts first_part[i] : first_part[i + 1]; none if faulty
+    parts: np.ndarray  # (parts,) PART
+    reasons: np.ndarray  # (samples,) bytes: why a document is faulty, a key of REASONS; empty for a sound one
+    details: np.ndarray  # (samples,) bytes: the same in words
+    layout: np.ndarray  # () bytes: signature of the layout that the parts were read by
     tar_size: Int[np.ndarray, ""]  # of the tar that was indexed
     version: Int[np.ndarray, ""]
 
     @classmethod
-    def build(cls, tar: Path) -> ShardIndex:
-        """Scan a tar's headers; no payload is read. Raises UserError naming the member for anything unsafe or out of order."""
-        keys, first, suffixes, offsets, sizes = [], [], [], [], []
-        try:
-            with tarfile.open(tar, mode="r:") as archive:
-                # Not `for member in archive`, which keeps every header it has seen.
-                while (member := archive.next()) is not None:
-                    archive.members.clear()
-                    key, suffix = _split_name(tar, member)
-                    if not keys or keys[-1] != key:
-                        keys.append(key)
-                        first.append(len(suffixes))
-                    suffixes.append(suffix)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-                _check_end(tar, archive.offset)
-        # ValueError: a header with numbers that make no sense; RecursionError: a long chain of headers about headers
-        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-            raise UserError(f"shard {tar}: not a whole tar ({error})") from error
-        index = cls(
-            keys=np.array(keys, dtype=bytes),
-            first_member=np.array([*first, len(suffixes)], dtype=np.int64),
-            suffixes=np.array(suffixes, dtype=bytes),
-            offsets=np.array(offsets, dtype=np.int64),
-            sizes=np.array(sizes, dtype=np.int64),
-            tar_size=np.array(tar.stat().st_size),
-            version=np.array(FORMAT),
-        )
+    def build(cls, tar: Path, layout: Layout) -> ShardIndex:
+        """Read a tar from end to end. A faulty document is noted and has no parts.
+
+        Raises UserError naming the member where the tar itself is damaged, or holds anything unsafe or out of order.
+        """
+        table = _Table()
+        with tar.open("rb", buffering=0) as file:
+            for member in read_members(tar):
+                if member.key != table.key:
+                    table.finish(layout)
+                    table.key = member.key
+                data = os.pread(file.fileno(), member.size, member.offset)
+                if len(data) != member.size:
+                    raise UserError(f"shard {tar}: cut short within member {member.key}.{member.suffix}; copy it again")
+                table.add(member.suffix, member.offset, data)
+            table.finish(layout)
+        index = table.index(layout, tar.stat().st_size)
         if fault := index._fault():
             raise UserError(f"shard {tar}: {fault}")
         return index
 
     def _fault(self) -> str | None:
-        """What is wrong with the samples, as one clause; None for nothing."""
+        """What is wrong with the order of samples, as one clause; None for nothing."""
         if not len(self.keys):
             return "holds no samples"
         values, counts = np.unique(self.keys, return_counts=True)
@@ -92,10 +99,6 @@ class ShardIndex:
         if (counts > 1).any():
             sample, name = divmod(int(values[counts > 1][0]), len(names))
             return f"sample {self.keys[sample].decode()} has its member {names[name].decode()} twice; write each once"
-        has_json = np.logical_or.reduceat(self.suffixes == b"json", self.first_member[:-1])
-        if not has_json.all():
-            key = self.keys[~has_json][0].decode()
-            return f"sample {key} has no .json member; format interleaved needs the document's JSON"
         return None
 
     def save(self, path: Path) -> None:
@@ -122,31 +125,49 @@ class ShardIndex:
 
     def _is_sound(self) -> bool:
         """Arrays that fit one another and the file: a sidecar comes from strangers too."""
-        names, numbers = (self.keys, self.suffixes), (self.first_member, self.offsets, self.sizes)
-        if any(array.dtype.kind != "S" or array.ndim != 1 for array in names):
-            return False
-        if any(array.dtype != np.int64 or array.ndim != 1 for array in numbers):
-            return False
-        if any(array.dtype != np.int64 or array.ndim != 0 for array in (self.tar_size, self.version)):
-            return False
-        members = len(self.suffixes)
+        names = (self.keys, self.suffixes, self.reasons, self.details)
+        numbers = (self.first_member, self.offsets, self.sizes, self.crcs, self.first_part)
+        scalars = (self.tar_size, self.version)
         return bool(
-            self.version == FORMAT
-            and len(self.first_member) == len(self.keys) + 1
-            and len(self.offsets) == len(self.sizes) == members
-            and self.first_member[0] == 0
-            and self.first_member[-1] == members
-            and (np.diff(self.first_member) > 0).all()
-            and (self.sizes >= 0).all()
-            and (self.sizes <= MAX_MEMBER_BYTES).all()
-            and (self.offsets >= BLOCK).all()
-            and (self.offsets <= self.tar_size - self.sizes).all()
-            and all(KEY.fullmatch(key.decode()) for key in self.keys)
-            and all(SUFFIX.fullmatch(name.decode()) for name in np.unique(self.suffixes))
+            all(array.dtype.kind == "S" and array.ndim == 1 for array in names)
+            and all(array.dtype == np.int64 and array.ndim == 1 for array in numbers)
+            and all(array.dtype == np.int64 and array.ndim == 0 for array in scalars)
+            and self.layout.dtype.kind == "S"
+            and self.layout.ndim == 0
+            and self.parts.dtype == PART
+            and self.parts.ndim == 1
+            and self.version == FORMAT
+            and len(self.reasons) == len(self.details) == len(self.keys)
+            and len(self.offsets) == len(self.sizes) == len(self.crcs) == len(self.suffixes)
+            and _are_edges(self.first_member, len(self.keys), len(self.suffixes), least=1)
+            and _are_edges(self.first_part, len(self.keys), len(self.parts), least=0)
+            and ((self.sizes >= 0) & (self.sizes <= MAX_MEMBER_BYTES)).all()
+            and ((self.offsets >= BLOCK) & (self.offsets <= self.tar_size - self.sizes)).all()
+            and (np.diff(self.offsets) > 0).all()
+            and all_match(KEY, self.keys)
+            and all_match(SUFFIX, np.unique(self.suffixes))
+            and set(np.unique(self.reasons).tolist()) <= {b"", *(reason.encode() for reason in REASONS)}
+            and self._parts_are_sound()
             and self._fault() is None
         )
 
-    def _fits(self, tar: Path) -> bool:
+    def _parts_are_sound(self) -> bool:
+        parts = self.parts
+        members = np.repeat(np.diff(self.first_member), np.diff(self.first_part))
+        media = parts["kind"] != TEXT
+        timed = (parts["kind"] == AUDIO) | (parts["kind"] == VIDEO)
+        numbers = ("width", "height", "rate", "samples", "start", "stop")
+        return bool(
+            (parts["kind"] <= VIDEO).all()
+            and ((parts["member"] >= np.where(media, 0, -1)) & (parts["member"] < members)).all()
+            and all((parts[name] >= 0).all() for name in numbers)
+            and all((parts[name][parts["kind"] == AUDIO] > 0).all() for name in ("rate", "samples"))
+            and all((parts[name][media & (parts["kind"] != AUDIO)] > 0).all() for name in ("width", "height"))
+            and (parts["stop"] > parts["start"])[timed].all()
+            and np.isfinite(parts["stop"]).all()
+        )
+
+    def fits(self, tar: Path) -> bool:
         """Whether the tar has the indexed size, and the first, middle and last member where the index puts them."""
         with tar.open("rb") as file:
             if os.fstat(file.fileno()).st_size != self.tar_size:
@@ -163,129 +184,77 @@ class ShardIndex:
                     return False
         return True
 
-    @classmethod
-    def of(cls, tar: Path) -> ShardIndex:
-        """The sidecar's index if it fits the tar, else a new one, written beside the tar where that is possible."""
-        sidecar = index_path(tar)
-        # The size alone would not do: tars come in steps of 10,240 bytes, and a rewritten one often has its old size.
-        if sidecar.is_file() and sidecar.stat().st_mtime_ns >= tar.stat().st_mtime_ns:
-            found = cls.load(sidecar)
-            if found is not None and found._fits(tar):
-                return found
-        index = cls.build(tar)
-        with contextlib.suppress(OSError):  # a read-only or full disk: the index works from memory, and is made again next time
-            index.save(sidecar)
-        return index
+    @property
+    def fingerprint(self) -> str:
+        """Of all arrays: what decides which sample has which number, and what its parts are."""
+        digest = blake2b(digest_size=8)
+        for item in fields(self):
+            digest.update(getattr(self, item.name).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def _split_name(tar: Path, member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and suffix of a member, split at the first dot of its file name, as webdataset does."""
-    name = member.name
-    if not member.isfile() or member.issparse():
-        raise UserError(f"shard {tar}: {name!r} is not a plain file; links, folders, devices and sparse files are refused")
-    key, dot, suffix = name.partition(".")
-    if not dot or not KEY.fullmatch(key) or not SUFFIX.fullmatch(suffix):
-        raise UserError(
-            f"shard {tar}: member {name!r}; KEY.suffix is wanted, as in doc17.json and doc17.000.png: "
-            f"letters, digits, '_' and '-', no folders, and no dot in the key"
-        )
-    if not 0 <= member.size <= MAX_MEMBER_BYTES:
-        raise UserError(f"shard {tar}: member {name!r} has {member.size:,} bytes; 0 to {MAX_MEMBER_BYTES:,} are allowed")
-    return key, suffix
+def _are_edges(edges: np.ndarray, spans: int, total: int, least: int) -> bool:
+    """Whether `edges` cut range(total) into `spans` neighbours of at least `least`."""
+    return bool(len(edges) == spans + 1 and edges[0] == 0 and edges[-1] == total and (np.diff(edges) >= least).all())
 
 
-def _check_end(tar: Path, offset: int) -> None:
-    """Only zeros may follow the last member, a block at least: tarfile silently takes a damaged or cut header for the end."""
-    with tar.open("rb") as file:
-        file.seek(offset)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise UserError(
-                f"shard {tar}: cut short or damaged at byte {offset:,}: a member or the end mark is wanted; copy it again"
-            )
-        while rest := file.read(1 << 20):
-            if rest.strip(b"\0"):
-                raise UserError(
-                    f"shard {tar}: more follows after its end mark at byte {offset:,}; give tars that were joined as a shard each"
-                )
+@dataclass
+class _Table:
+    """An index in the making: finished samples, and the members of the one in hand."""
 
+    key: str | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    first_member: list[int] = field(default_factory=lambda: [0])
+    members: list[tuple[str, int, int, int]] = field(default_factory=list)  # suffix, offset, size, CRC
+    first_part: list[int] = field(default_factory=lambda: [0])
+    parts: list[tuple] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
 
-class Corpus:
-    """All samples of one split, by number. May be pickled and forked: reads open the shards they need, `MAX_OPEN` at most."""
+    def add(self, suffix: str, offset: int, data: bytes) -> None:
+        self.members.append((suffix, offset, len(data), zlib.crc32(data)))
+        self.files[suffix] = data
 
-    def __init__(self, name: str, tars: list[Path]) -> None:
-        self._files: dict[int, BinaryIO] = {}  # in the order of opening
-        self.name, self.tars = name, tars
-        self.shards = [ShardIndex.of(tar) for tar in tars]
-        self.starts = np.cumsum([0, *map(len, self.shards)])
+    def finish(self, layout: Layout) -> None:
+        """The members of a sample are all there."""
+        if self.key is None:
+            return
+        try:
+            entries = layout.entries(self.files)
+            check_entries(entries, self.files)
+            self.parts += _rows(entries, self.files)
+            self.faults.append(("", ""))
+        except BadMedia as error:
+            self.faults.append((error.reason, str(error)))
+        self.keys.append(self.key)
+        self.first_member.append(len(self.members))
+        self.first_part.append(len(self.parts))
+        self.files = {}
 
-    @classmethod
-    def open(cls, spec: DataSpec, split: str) -> Corpus:
-        """Index the shards of a split. Raises UserError where one is missing, damaged or unsafe."""
-        return cls(spec.name, spec.shard_paths(split))
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def fingerprint(self) -> str:
-        """Of shard names and indices: what decides which sample has which number, and how large it is."""
-        digest = hashlib.blake2b(digest_size=8)
-        for tar, index in zip(self.tars, self.shards, strict=True):
-            digest.update(tar.name.encode())
-            for field in fields(index):
-                digest.update(getattr(index, field.name).tobytes())
-        return digest.hexdigest()
-
-    def read(self, number: int) -> Sample:
-        """Sample `number` with all its members."""
-        shard, members = self._members(number)
-        index = self.shards[shard]
-        return Sample(
-            key=index.keys[number - self.starts[shard]].decode(),
-            shard=self.tars[shard].name,
-            fields={index.suffixes[m].decode(): self._pread(shard, m) for m in members},
+    def index(self, layout: Layout, tar_size: int) -> ShardIndex:
+        suffixes, offsets, sizes, crcs = zip(*self.members, strict=True) if self.members else ((), (), (), ())
+        reasons, details = zip(*self.faults, strict=True) if self.faults else ((), ())
+        return ShardIndex(
+            keys=np.array(self.keys, dtype=bytes),
+            first_member=np.array(self.first_member, dtype=np.int64),
+            suffixes=np.array(suffixes, dtype=bytes),
+            offsets=np.array(offsets, dtype=np.int64),
+            sizes=np.array(sizes, dtype=np.int64),
+            crcs=np.array(crcs, dtype=np.int64),
+            first_part=np.array(self.first_part, dtype=np.int64),
+            parts=np.array(self.parts, dtype=PART),
+            reasons=np.array(reasons, dtype=bytes),
+            details=np.array([detail.encode(errors="replace") for detail in details], dtype=bytes),
+            layout=np.array(layout.signature.encode()),
+            tar_size=np.array(tar_size),
+            version=np.array(FORMAT),
         )
 
-    def read_json(self, number: int) -> bytes:
-        """The JSON member of sample `number` alone."""
-        shard, members = self._members(number)
-        return next(self._pread(shard, m) for m in members if self.shards[shard].suffixes[m] == b"json")
 
-    def _members(self, number: int) -> tuple[int, range]:
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        first = self.shards[shard].first_member
-        local = number - int(self.starts[shard])
-        return shard, range(int(first[local]), int(first[local + 1]))
-
-    def _pread(self, shard: int, member: int) -> bytes:
-        index = self.shards[shard]
-        size = int(index.sizes[member])
-        data = os.pread(self._file(shard).fileno(), size, int(index.offsets[member]))
-        if len(data) != size:
-            raise UserError(
-                f"shard {self.tars[shard]}: {len(data)} of {size} bytes read: it was cut after it was indexed; copy it again"
-            )
-        return data
-
-    def _file(self, shard: int) -> BinaryIO:
-        """An open shard. A forked process may go on with its parent's: pread shares no position."""
-        if shard not in self._files:
-            if len(self._files) == MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self.tars[shard].open("rb", buffering=0)
-        return self._files[shard]
-
-    def close(self) -> None:
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_files": {}}
+def _rows(entries: list[Entry], files: Mapping[str, bytes]) -> list[tuple]:
+    """Entries as rows of PART."""
+    member = {name: number for number, name in enumerate(files)}
+    return [(e.kind, e.predict, member.get(e.file, -1), e.width, e.height, e.rate, e.samples, e.start, e.stop) for e in entries]

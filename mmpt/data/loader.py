@@ -1,6 +1,6 @@
-"""The plan's packs, read, decoded and collated by worker processes, forever.
+"""The plan's packs, read, decoded and collated by worker processes.
 
-    Plan.walk --_Requests--> _Request --_Reader, in a worker--> PackedBatch --finish--> the training loop
+    Plan.walk --_Requests--> Request --Reader, in a worker--> PackedBatch --finish--> the training loop
 
 Requests run ahead of training as far as the workers prefetch. So every batch carries the state that follows it:
 a loader made with that state goes on with the batches that would have come next.
@@ -8,42 +8,42 @@ a loader made with that state goes on with the batches that would have come next
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Int
-from torch.utils.data import DataLoader, Dataset
 
-from mmpt.config import AugmentConfig, RunConfig
-from mmpt.data.documents import TextEntry, parse, to_document
-from mmpt.data.index import Corpus
-from mmpt.data.media import augment, decode_image, patchify
-from mmpt.data.packing import PackEntry, collate, document_length, next_fit, tokenize
-from mmpt.data.plan import Plan, Slot, keyed_hash
-from mmpt.data.spec import load_spec
+from mmpt.config import AugmentConfig, DataConfig, RunConfig
+from mmpt.data.budget import Budget
+from mmpt.data.corpus import Corpus
+from mmpt.data.mixture import Slot
+from mmpt.data.packing import next_fit
+from mmpt.data.plan import Plan
+from mmpt.data.quarantine import Quarantine, index_faults, refuse_too_many
+from mmpt.data.reader import Reader, Request
+from mmpt.data.source import Source
+from mmpt.data.spec import MixturePart, load_mixture
+from mmpt.data.cache import Cache
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import Document, DocumentRef, Image, LoaderState, PackedBatch, UserError
+from mmpt.data.workers import Workers
+from mmpt.types import AUDIO, IMAGE, VIDEO, LoaderState, LoadReport, PackedBatch, PlanCursor, UserError
 
-# A forked worker starts at once and shares the index. It computes with one thread, so it never waits for the OpenMP
-# threads of its parent, which a fork does not copy. Other systems have no safe fork.
-_START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+_TOKEN_BYTES = (6 + 3 + 5) * 8  # of a token in a PackedBatch, which may be an embedding slot, and all of a medium, as well
+_SMALL_BYTES = 1 << 20  # what else a batch has: where its documents come from, and the gaps between tensors
+TRAIN = "train"
 
 
 class Loader:
-    """The training batches of one rank: `iter` yields PackedBatch without end, from `state` on.
+    """The training batches of one rank: `iter` yields PackedBatch from `state` on, until the plan ends, if it does.
 
     A micro-batch is the next `config.data.packs_per_batch` packs of the plan; rank r of R gets the r-th of R equal
-    slices. `finish` is applied to each batch in the worker. Raises UserError where config, corpus and state do not fit.
+    slices. `finish` is applied to each batch in the worker; `bad_samples` is the folder for what could not be read.
+    Raises UserError where config, data and state do not fit.
     """
 
     def __init__(
@@ -53,124 +53,176 @@ class Loader:
         world_size: int,
         state: LoaderState | None = None,
         finish: Callable[[PackedBatch], PackedBatch] | None = None,
+        bad_samples: Path | None = None,
     ):
-        packs = config.data.packs_per_batch
-        if packs % world_size:
-            raise UserError(f"data.packs_per_batch = {packs}: {world_size} ranks need a multiple of {world_size}")
-        corpus = Corpus.open(load_spec(Path(config.data.spec)), "train")
-        tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-        lengths = measure(corpus, tokenizer, config)
-        fingerprint = _fingerprint(corpus, tokenizer, config)
-        self.config = config
-        self.state = state or LoaderState(fingerprint=fingerprint, window=0, pack=0, packs_consumed=0)
-        _check_same(self.state.fingerprint, fingerprint)
         data = config.data
-        self.plan = Plan(lengths, seed=data.seed, pack_tokens=data.pack_tokens, window=data.window)
-        self._requests = _Requests(
-            self.plan, self.state, packs, slice(rank * packs // world_size, (rank + 1) * packs // world_size)
+        if data.packs_per_batch % world_size:
+            raise UserError(f"data.packs_per_batch = {data.packs_per_batch}: {world_size} ranks need a multiple of {world_size}")
+        tokenizer = Tokenizer.load(Path(data.tokenizer))
+        mixture = load_mixture(data.spec)
+        sources = open_sources(config, tokenizer)
+        self.plan = plan_of(sources, data, mixture.unit)
+        fingerprint = _fingerprint(sources, tokenizer, data, mixture.unit)
+        if state:
+            refuse_changed_data(state.fingerprint, fingerprint)
+        self.config, self.batch_bytes = config, _batch_bytes(config, world_size, sources)
+        self.prefetch = _prefetch(data, self.batch_bytes)
+        self.state = LoaderState(
+            fingerprint=fingerprint,
+            cursor=state.cursor if state else self.plan.begin(),
+            packs_consumed=state.packs_consumed if state else 0,
         )
-        self._reader = _Reader(corpus, tokenizer, config, data.augment, finish)
+        share = data.packs_per_batch // world_size
+        mine = slice(rank * share, (rank + 1) * share)
+        self._requests = _Requests(self.plan, self.state, data.packs_per_batch, mine)
+        self._reader = Reader(sources, config, data.augment, finish)
+        self.quarantine = Quarantine({source.name: source.corpus.spec.on_bad for source in sources}, bad_samples, rank)
+        self.meter = Meter(share * data.pack_tokens)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        workers = self.config.data.workers
-        batches = DataLoader(
-            self._reader,
-            batch_size=None,
-            sampler=self._requests,
-            num_workers=workers,
-            prefetch_factor=self.config.data.prefetch if workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
-            multiprocessing_context=_START_METHOD if workers else None,
-            generator=torch.Generator(),  # the workers' seed, else drawn from the generator that training uses
-        )
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        # The caller keeps a batch while it asks for the next.
+        held = self.config.train.accumulate + 1
+        workers = Workers(self._reader, self.config.data.workers, self.prefetch, held, self.batch_bytes)
+        batches = workers.map(self._requests)
+        try:
+            while True:
+                depth, began = workers.ready, time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                self.meter.count(batch.report, time.perf_counter() - began, depth)
+                self.quarantine.admit(batch)
+                yield batch.pin_memory() if torch.cuda.is_available() else batch
+        finally:
+            workers.close()
+
+
+class Meter:
+    """What loading was like since it was last read."""
+
+    def __init__(self, tokens_per_batch: int) -> None:
+        self.tokens_per_batch = tokens_per_batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self.batches = self.depth = self.faults = 0
+        self.wait = 0.0
+        self.milliseconds: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+
+    def count(self, report: LoadReport, wait: float, depth: int) -> None:
+        """A batch is taken: seconds that the loop waited for it, and how many were ready when it asked."""
+        self.batches, self.wait, self.depth = self.batches + 1, self.wait + wait, self.depth + depth
+        self.milliseconds.update(report.milliseconds)
+        self.tokens.update(report.tokens)
+        self.faults += len(report.faults)
+
+    def read(self) -> dict[str, float]:
+        """Per batch: seconds waited, batches ready, milliseconds of each kind of work; fill; tokens by source; faults in all."""
+        batches = max(self.batches, 1)
+        figures = {"loader/wait": self.wait / batches, "loader/depth": self.depth / batches, "loader/faults": self.faults}
+        figures["loader/fill"] = sum(self.tokens.values()) / (batches * self.tokens_per_batch)
+        figures |= {f"loader/ms_{name}": value / batches for name, value in self.milliseconds.items()}
+        figures |= {f"tokens/{source}": value for source, value in self.tokens.items()}
+        self._reset()
+        return figures
+
+
+def plan_of(sources: Sequence[Source], data: DataConfig, unit: Literal["tokens", "samples"]) -> Plan:
+    """The packs of a run over its sources."""
+    limits = {"pack_tokens": data.pack_tokens, "pack_media": data.pack_media}
+    return Plan(sources, seed=data.seed, unit=unit, window=data.window, **limits)
+
+
+def open_sources(config: RunConfig, tokenizer: Tokenizer, split: str = TRAIN) -> list[Source]:
+    """Every source of the run's mixture. Raises UserError for data that does not fit the run, or is faulty beyond its limits."""
+    mixture = load_mixture(config.data.spec)
+    pairs = zip(mixture.specs(), mixture.mixture, strict=True)
+    return [make_source(Corpus.open(spec, split, cache_of(config.data)), tokenizer, config, part) for spec, part in pairs]
+
+
+def make_source(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, part: MixturePart | None = None) -> Source:
+    """A corpus as a run sees it. Raises UserError as `open_sources` does."""
+    if len(tokenizer) > config.model.vocabulary:
+        raise UserError(f"model.vocabulary = {config.model.vocabulary}: the tokenizer has {len(tokenizer)} tokens; raise it")
+    refuse_too_many(corpus.name, index_faults(corpus), len(corpus), corpus.spec.on_bad)
+    part = part or MixturePart(spec=str(corpus.spec.path), weight=1.0)
+    return Source(corpus, tokenizer, Budget(config.model, corpus.spec), part, config.data)
+
+
+def cache_of(data: DataConfig) -> Cache:
+    return Cache(path=Path(data.cache).expanduser(), max_bytes=int(data.cache_gib * 2**30))
 
 
 def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> Iterator[PackedBatch]:
     """Every document of `corpus` once, in order, pictures unchanged on white: for evaluation.
 
-    Raises UserError for a document that is faulty or longer than a pack.
+    Raises UserError for a document that is faulty.
     """
-    lengths = measure(corpus, tokenizer, config).tolist()
-    packs = [[Slot(document=number, epoch=0) for number in pack] for pack in next_fit(lengths, config.data.pack_tokens)]
-    reader = _Reader(corpus, tokenizer, config, AugmentConfig(), None)
-    fingerprint = _fingerprint(corpus, tokenizer, config)
+    source = make_source(corpus, tokenizer, config)
+    slots = [slot for number in range(len(corpus)) for slot in _slots(source, number)]
+    packs = [[slots[i] for i in pack] for pack in next_fit([slot.tokens for slot in slots], config.data.pack_tokens)]
+    reader = Reader([source], config, AugmentConfig())
+    cursor = PlanCursor(window=0, pack=0, sources={})
     for start in range(0, len(packs), config.data.packs_per_batch):
         chosen = packs[start : start + config.data.packs_per_batch]
-        end = start + len(chosen)
-        state = LoaderState(fingerprint=fingerprint, window=0, pack=end, packs_consumed=end)
-        batch = reader[_Request(packs=chosen, first_pack=start, state=state)]
-        if isinstance(batch, UserError):
-            raise batch
+        state = LoaderState(fingerprint={}, cursor=cursor, packs_consumed=start + len(chosen))
+        batch = reader(Request(packs=chosen, first_pack=start, state=state))
+        for fault in batch.report.faults:
+            raise UserError(f"{fault.source}: document {fault.key} of {fault.shard}: {fault.detail}")
         yield batch
 
 
-def measure(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> Int[np.ndarray, " documents"]:
-    """Tokens of each document, from the JSON members alone.
-
-    Raises UserError for a tokenizer larger than the model's vocabulary, a faulty document, or one longer than a pack.
-    """
-    if len(tokenizer) > config.model.vocabulary:
-        raise UserError(f"model.vocabulary = {config.model.vocabulary}: the tokenizer has {len(tokenizer)} tokens; raise it")
-    lengths = np.empty(len(corpus), dtype=np.int64)
-    for number in range(len(corpus)):
-        try:
-            entries, _ = parse(corpus.read_json(number))
-        except ValueError as error:
-            raise _faulty(corpus, number, error) from error
-        parts = [len(tokenizer.encode(entry.text)) if isinstance(entry, TextEntry) else None for entry in entries]
-        lengths[number] = document_length(parts, config.model.image.tokens_per_image)
-    if len(lengths) == 0:
-        raise UserError(f"{corpus.name}: the split holds no documents")
-    longest, pack_tokens = int(lengths.argmax()), config.data.pack_tokens
-    if lengths[longest] > pack_tokens:
-        key = corpus.read(longest).key
-        raise UserError(
-            f"data.pack_tokens = {pack_tokens}: document {key} of {corpus.name} has {lengths[longest]} tokens; raise it"
-        )
-    return lengths
+def _slots(source: Source, document: int) -> list[Slot]:
+    """A document, whole or in pieces; nothing for one that the index knows as faulty."""
+    tokens = int(source.lengths[document])
+    if source.is_split(document, tokens):
+        pieces = enumerate(source.pieces(document, 0))
+        return [Slot(source=0, document=document, epoch=0, piece=piece, tokens=length) for piece, (length, _) in pieces]
+    return [Slot(source=0, document=document, epoch=0, piece=0, tokens=tokens)] if tokens else []
 
 
-def _faulty(corpus: Corpus, number: int, error: ValueError) -> UserError:
-    sample = corpus.read(number)
-    return UserError(f"{corpus.name}: document {sample.key} of {sample.shard}: {error}")
-
-
-def _fingerprint(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> str:
-    """Everything that the plan's packs depend on, legible: `name:value name:value ...`."""
-    data = config.data
-    parts = {
-        "corpus": corpus.fingerprint[:16],
-        "tokenizer": tokenizer.fingerprint[:16],
-        "data.pack_tokens": data.pack_tokens,
-        "data.packs_per_batch": data.packs_per_batch,
-        "data.window": data.window,
-        "data.seed": data.seed,
-        "tokens_per_image": config.model.image.tokens_per_image,
+def _fingerprint(sources: list[Source], tokenizer: Tokenizer, data: DataConfig, unit: str) -> dict[str, str]:
+    """Everything that the plan's packs depend on, but for the weights of the mixture."""
+    settings = ("pack_tokens", "pack_media", "packs_per_batch", "window", "seed")
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "mixture.unit": unit,
+        **{f"data.{name}": str(getattr(data, name)) for name in settings},
+        **{f"source {source.name}": source.fingerprint for source in sources},
     }
-    return " ".join(f"{name}:{value}" for name, value in parts.items())
 
 
-def _check_same(then: str, now: str) -> None:
-    was, is_ = (dict(part.split(":", 1) for part in text.split()) for text in (then, now))
-    changed = [f"{name} was {was.get(name)}, is {is_.get(name)}" for name in {**was, **is_} if was.get(name) != is_.get(name)]
+def refuse_changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises UserError naming what changed; sources may be added."""
+    changed = [f"{name} was {then[name]}, is {now.get(name, 'gone')}" for name in then if then[name] != now.get(name)]
     if changed:
         raise UserError(
             f"the run cannot go on, its data changed: {'; '.join(changed)}; change it back, or start under another name"
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Request:
-    """A batch to be read."""
+def _batch_bytes(config: RunConfig, world_size: int, sources: list[Source]) -> int:
+    """The most that the tensors of a rank's batch take."""
+    data, image, audio = config.data, config.model.image, config.model.audio
+    patch, mel = 3 * image.patch**2, 4 * (audio.mel_bins + 1)  # bytes of a row, the time of a log-mel frame included
+    rows = {IMAGE: (patch, image.merge**2), VIDEO: (patch, image.merge**2), AUDIO: (mel, audio.frames_per_token)}  # of a token
+    present = [rows[modality] for modality in rows if any(source.has_media(modality) for source in sources)]
+    media = max((size * (data.pack_media or data.pack_tokens * count) for size, count in present), default=0)
+    return data.packs_per_batch // world_size * (data.pack_tokens * _TOKEN_BYTES + media) + _SMALL_BYTES
 
-    packs: list[list[Slot]]
-    first_pack: int  # number of the first of them within the run
-    state: LoaderState  # after the batch
+
+def _prefetch(data: DataConfig, batch_bytes: int) -> int:
+    """Batches that a worker makes ahead, so that all of them together stay within `data.prefetch_mib`."""
+    workers = max(data.workers, 1)
+    fits = data.prefetch_mib * 2**20 // (batch_bytes * workers)
+    if not fits:
+        needed = -(-batch_bytes * workers // 2**20)
+        raise UserError(
+            f"data.prefetch_mib = {data.prefetch_mib}: one batch for each worker may take {needed} MiB; raise it to that, "
+            f"or lower data.workers, data.packs_per_batch or data.pack_media"
+        )
+    return min(data.prefetch, fits)
 
 
 @dataclass(frozen=True)
@@ -182,89 +234,12 @@ class _Requests:
     packs_per_batch: int
     mine: slice  # which packs of a micro-batch are this rank's
 
-    def __iter__(self) -> Iterator[_Request]:
-        walk = self.plan.walk(self.start.window, self.start.pack)
+    def __iter__(self) -> Iterator[Request]:
+        walk = self.plan.walk(self.start.cursor)
         consumed = self.start.packs_consumed
-        while True:
-            taken = list(islice(walk, self.packs_per_batch))
+        # What is less than a micro-batch at the end of the plan is left out, so that every rank takes the same steps.
+        while len(taken := list(islice(walk, self.packs_per_batch))) == self.packs_per_batch:
             first = consumed + self.mine.start
             consumed += len(taken)
-            window, pack = taken[-1][1]
-            state = LoaderState(fingerprint=self.start.fingerprint, window=window, pack=pack, packs_consumed=consumed)
-            yield _Request(packs=[slots for slots, _ in taken[self.mine]], first_pack=first, state=state)
-
-
-class _Reader(Dataset[PackedBatch | UserError]):
-    """Makes the batch of a request. A user's mistake is returned: raised in a worker it would arrive with a traceback."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        config: RunConfig,
-        augmentation: AugmentConfig,
-        finish: Callable[[PackedBatch], PackedBatch] | None,
-    ):
-        self.corpus, self.tokenizer, self.config = corpus, tokenizer, config
-        self.augmentation, self.finish = augmentation, finish
-
-    def __getitem__(self, request: _Request) -> PackedBatch | UserError:
-        try:
-            batch = self._batch(request)
-        except UserError as error:
-            return error
-        return self.finish(batch) if self.finish else batch
-
-    def _batch(self, request: _Request) -> PackedBatch:
-        shape = self.config.model.image
-        packs: list[list[PackEntry]] = []
-        pictures, seeds = [torch.empty(0, 4, shape.size, shape.size, dtype=torch.uint8)], []
-        for number, slots in enumerate(request.packs, start=request.first_pack):
-            packs.append([])
-            for slot in slots:
-                document = self._document(slot.document)
-                ref = DocumentRef(source=document.source, key=document.key, epoch=slot.epoch, pack=number)
-                packs[-1].append(PackEntry(ref=ref, segments=tokenize(document, self.tokenizer, shape.tokens_per_image)))
-                for part, image in enumerate(document.parts):
-                    if isinstance(image, Image):
-                        pictures.append(self._picture(document, part, image))
-                        seeds.append(keyed_hash(self.config.data.seed, slot.epoch, document.key, part))
-        images = augment(torch.cat(pictures), torch.tensor(seeds, dtype=torch.int64), self.augmentation)
-        return collate(
-            packs,
-            patchify(images, shape.patch),
-            grid=(shape.patches_per_side, shape.patches_per_side),
-            merge=shape.merge,
-            pack_tokens=self.config.data.pack_tokens,
-            pad=self.tokenizer.pad,
-            state=request.state,
-        )
-
-    def _document(self, number: int) -> Document:
-        try:
-            return to_document(self.corpus.read(number), self.corpus.name)
-        except ValueError as error:
-            raise _faulty(self.corpus, number, error) from error
-
-    def _picture(self, document: Document, part: int, image: Image) -> torch.Tensor:
-        try:
-            return decode_image(image.data, self.config.model.image.size)[None]
-        except ValueError as error:
-            raise UserError(f"{document.source}: document {document.key}: parts[{part}]: {error}") from error
-
-
-def _as_it_is(batch: PackedBatch | UserError) -> PackedBatch | UserError:
-    return batch
-
-
-def _start_worker(parent: int, worker: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers itself
-    threading.Thread(target=_end_with, args=(parent,), daemon=True, name="watch-parent").start()
-
-
-def _end_with(parent: int) -> None:
-    # torch watches the parent as well, but then the worker waits, for ever, until somebody reads what it still has to send.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+            state = LoaderState(fingerprint=self.start.fingerprint, cursor=taken[-1][1], packs_consumed=consumed)
+            yield Request(packs=[slots for slots, _ in taken[self.mine]], first_pack=first, state=state)

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from webdataset import TarWriter
 
-from mmpt.data.index import KEY, SUFFIX, ShardIndex, index_path
+from mmpt.data.documents import Interleaved
+from mmpt.data.index import ShardIndex, index_name
+from mmpt.data.names import KEY, SUFFIX, matches
 
 MAX_NAME = 100  # characters of a member's name in a plain (ustar) tar
 
@@ -23,11 +26,12 @@ class ShardWriter:
     A shard grows under another name and is renamed once it is whole and indexed.
     """
 
-    def __init__(self, folder: Path, prefix: str, samples_per_shard: int) -> None:
+    def __init__(self, folder: Path, prefix: str, samples_per_shard: int, finished: Sequence[Path] = ()) -> None:
+        """`finished`: shards that were written before, behind which this goes on."""
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard = {samples_per_shard}: 1 or more is wanted")
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
-        self.shards: list[Path] = []  # the finished ones
+        self.shards = list(finished)
         self._file: BinaryIO | None = None
         self._tar: TarWriter | None = None
         self._keys: set[str] = set()  # of the shard in hand
@@ -52,13 +56,13 @@ class ShardWriter:
             self._finish_shard()
 
     def _check_names(self, key: str, files: dict[str, bytes]) -> None:
-        if not KEY.fullmatch(key):
+        if not matches(KEY, key):
             raise ValueError(f"key {key!r}: letters, digits, '_' and '-' only, as webdataset splits names at the first dot")
         if key in self._keys:
             raise ValueError(f"key {key!r} is in this shard already; a document needs a key of its own")
         for suffix in files:
             # webdataset drops members whose suffix begins with '_'.
-            if not SUFFIX.fullmatch(suffix) or suffix == "json" or suffix.startswith("_"):
+            if not matches(SUFFIX, suffix) or suffix == "json" or suffix.startswith("_"):
                 raise ValueError(f"member {suffix!r} of {key}: a suffix such as 000.png is wanted")
         longest = max((f"{key}.{suffix}" for suffix in ("json", *files)), key=len)
         if len(longest) > MAX_NAME:
@@ -79,10 +83,11 @@ class ShardWriter:
             return
         self._close()
         path = self._next
-        index = ShardIndex.build(_aside(path))
-        index_path(path).unlink(missing_ok=True)
+        index = ShardIndex.build(_aside(path), Interleaved())
+        sidecar = path.with_name(index_name(path.name))
+        sidecar.unlink(missing_ok=True)
         _aside(path).rename(path)
-        index.save(index_path(path))
+        index.save(sidecar)
         self.shards.append(path)
 
     def __enter__(self) -> Self:

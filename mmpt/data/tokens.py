@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmpt.types import UserError
 
-SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "<emb>")
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<media>", "<emb>")
 SMALLEST = 256 + len(SPECIALS)  # tokens
 
 
@@ -24,7 +24,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
-        self.pad, self.bos, self.eos, self.image, self.emb = (inner.token_to_id(special) for special in SPECIALS)
+        self.pad, self.bos, self.eos, self.media, self.emb = (inner.token_to_id(special) for special in SPECIALS)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> Tokenizer:

@@ -15,9 +15,21 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from mmpt.config import ImageEncoderConfig
-from mmpt.data.media import patchify
+from mmpt.data.media.images import patchify
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import IGNORE, IMAGE, NOTHING, TEXT, DocumentRef, EmbeddingSlots, LoaderState, MediaBatch, PackedBatch
+from mmpt.types import (
+    IGNORE,
+    IMAGE,
+    NOTHING,
+    TEXT,
+    DocumentRef,
+    EmbeddingSlots,
+    LoaderState,
+    LoadReport,
+    MediaBatch,
+    PackedBatch,
+    PlanCursor,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +112,8 @@ def captions(
     a few tokens long, and a cache of keys and values would be a second path through every attention layer.
     """
     patches = patchify(images, config.patch).view(len(images), config.patches_per_side**2, -1)
-    special = [tokenizer.pad, tokenizer.bos, tokenizer.image, tokenizer.emb]  # only <eos> and text may follow
-    prompt = torch.tensor([tokenizer.image] * config.tokens_per_image + [tokenizer.emb, tokenizer.bos])
+    special = [tokenizer.pad, tokenizer.bos, tokenizer.media, tokenizer.emb]  # only <eos> and text may follow
+    prompt = torch.tensor([tokenizer.media] * config.tokens_per_image + [tokenizer.emb, tokenizer.bos])
     tokens = prompt.repeat(len(images), 1)
     written: list[list[int]] = [[] for _ in range(len(images))]
     active = torch.arange(len(images))
@@ -139,11 +151,24 @@ def _prompts(tokens: Int[Tensor, "B L"], patches: UInt8[Tensor, "B patches value
         media_index=media_index.flatten(),
         pool_index=pool_index.flatten(),
         images=MediaBatch(
-            patches=patches.flatten(0, 1),
+            values=patches.flatten(0, 1),
             cu_seqlens=torch.arange(rows + 1) * patches.shape[1],
             grid=torch.tensor([[1, config.patches_per_side, config.patches_per_side]]).repeat(rows, 1),
+            times=torch.zeros(rows),
         ),
+        audios=_no_media(),
+        videos=_no_media(),
         slots=EmbeddingSlots(modality=torch.full((rows,), IMAGE), pair=numbers, content=numbers),
-        provenance=tuple(DocumentRef(source="prompt", key=str(row), epoch=0, pack=0) for row in range(rows)),
-        state=LoaderState(fingerprint="", window=0, pack=0, packs_consumed=0),
+        provenance=tuple(
+            DocumentRef(source="prompt", key=str(row), epoch=0, piece=0, pack=0, position=row * length, seed=0)
+            for row in range(rows)
+        ),
+        state=LoaderState(fingerprint={}, cursor=PlanCursor(window=0, pack=0, sources={}), packs_consumed=0),
+        report=LoadReport(milliseconds={}, tokens={}, faults=()),
+    )
+
+
+def _no_media() -> MediaBatch:
+    return MediaBatch(
+        values=torch.empty(0, 0), cu_seqlens=torch.zeros(1, dtype=torch.int64), grid=torch.empty(0, 3), times=torch.empty(0)
     )

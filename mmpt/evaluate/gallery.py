@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torchvision.io import encode_png
 
 from mmpt.config import RunConfig
-from mmpt.data.documents import to_document
-from mmpt.data.index import Corpus
-from mmpt.data.media import composite, decode_image
+from mmpt.data.corpus import Corpus
+from mmpt.data.media.images import composite, decode_image
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import Embeddings, captions
 from mmpt.types import Document, Image, Text
@@ -112,13 +111,13 @@ class _Shelf:
     def pixels(self, item: int, size: int) -> UInt8[Tensor, "1 3 size size"]:
         """The first picture of the document, on white, as the model saw it."""
         picture = next(part for part in self.document(item).parts if isinstance(part, Image))
-        return composite(decode_image(picture.data, size)[None])
+        return composite(decode_image(picture.data, size, size)[None])
 
     def _thumbnail(self, item: int) -> str:
         png = encode_png(self.pixels(item, THUMBNAIL)[0]).numpy().tobytes()
         return "data:image/png;base64," + base64.b64encode(png).decode()
 
     def _document(self, item: int) -> Document:
-        document = to_document(self.corpus.read(int(self.embeddings.documents[item])), self.corpus.name)
+        document = self.corpus.document(int(self.embeddings.documents[item]))
         assert document.key == self.embeddings.keys[item], f"{document.key} is not {self.embeddings.keys[item]}"
         return document

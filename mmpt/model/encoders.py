@@ -87,7 +87,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, media: MediaBatch) -> Float[Tensor, "rows D"]:
         """Rows of all items in order, raster order within an item, `tokens_per_image` each."""
-        x = self.stem(normalize(media.patches), media.grid)
+        x = self.stem(normalize(media.values), media.grid)
         layout = AttentionLayout.from_lengths(media.cu_seqlens.diff())
         x = self.transformer(x, grid_positions(media.grid), layout)
         return self.project(merge_neighbours(x, media.grid, self.config.merge))
@@ -96,9 +96,10 @@ class ImageEncoder(nn.Module):
         """The smallest picture there is, for a batch that has none."""
         side = self.config.merge
         return MediaBatch(
-            patches=torch.zeros(side**2, 3 * self.config.patch**2, dtype=torch.uint8, device=device),
+            values=torch.zeros(side**2, 3 * self.config.patch**2, dtype=torch.uint8, device=device),
             cu_seqlens=torch.tensor([0, side**2], device=device),
             grid=torch.tensor([[1, side, side]], device=device),
+            times=torch.zeros(1, device=device),
         )
 
     @torch.no_grad()

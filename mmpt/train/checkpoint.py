@@ -160,7 +160,7 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
     try:
         plain = json.loads((checkpoint / "state.json").read_text())
         config = plain.pop("config")
-        return TrainState(**{**plain, "loader": LoaderState(**plain["loader"])}), config
+        return TrainState(**{**plain, "loader": LoaderState.from_json(plain["loader"])}), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"checkpoint {checkpoint}: state.json does not read ({error}); remove this folder to go on from the one before"
@@ -168,8 +168,9 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
 
 
 FREE_TO_CHANGE = {
-    "data.workers", "data.prefetch", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-}  # fmt: skip
+    *(f"data.{name}" for name in ("workers", "prefetch", "prefetch_mib", "cache", "cache_gib")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")),
+}
 
 
 def refuse_changes(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mmpt.config import RunConfig
-from mmpt.data.index import Corpus
+from mmpt.data.corpus import Corpus
 from mmpt.data.loader import sequential_batches
 from mmpt.data.spec import load_spec
 from mmpt.data.tokens import Tokenizer

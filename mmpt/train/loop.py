@@ -6,6 +6,7 @@ config -> world -> model, optimizer, loader -> [train_step -> metrics -> evaluat
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mmpt.train.machine import keep_freed_memory, make_repeatable
 from mmpt.train.metrics import Clock, MetricsLog, Ticker
 from mmpt.train.optimizer import make_optimizer
 from mmpt.train.step import train_step
-from mmpt.types import TrainState
+from mmpt.types import AUDIO, VIDEO, TrainState, UserError
 
 
 def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None = None) -> Path:
@@ -43,7 +44,9 @@ def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path
         shard_model(model, world.mesh)
     optimizer = make_optimizer(model, config.optimizer)
     state = begin_or_resume(run, model, optimizer, config, world)
-    loader = Loader(config, rank=world.rank, world_size=world.size, state=state.loader if state else None)
+    begun = state.loader if state else None
+    loader = Loader(config, rank=world.rank, world_size=world.size, state=begun, bad_samples=run / "bad_samples")
+    refuse_unread_media(loader)
     state = state or TrainState(step=0, loader=loader.state, samples=0)
     with Ticker(console, config.train.steps, state.step, silent=not world.is_main) as ticker:
         ticker.say(f"{run}: {counts['total']:,} parameters, {world.size} rank(s), from step {state.step} of {config.train.steps}")
@@ -64,31 +67,47 @@ def _steps(
     """Take the steps that are left: log, evaluate and save as often as the config says, and at the end."""
     log = MetricsLog(run, state.step) if world.is_main else None
     clock = Clock(log.seconds_before if log else 0.0)
-    batches, t = iter(loader), config.train
+    batches, t, first = iter(loader), config.train, state.step
     for step in range(state.step, t.steps):
         began = time.perf_counter()
         micro_batches = [batch.to(world.device) for batch in islice(batches, t.accumulate)]
+        if len(micro_batches) < t.accumulate:  # on every rank alike
+            ticker.say(f"the data ended after {state.step} steps: a source of the mixture is exhausted")
+            break
         waited = time.perf_counter() - began
         figures = train_step(model, optimizer, micro_batches, step, config, world)
         state = TrainState(step=step + 1, loader=micro_batches[-1].state, samples=state.samples + int(figures["documents"]))
         clock.count(figures["documents"], waited)
         ticker.step(state.step)
-        last = state.step == t.steps
-        if log and (state.step % t.log_every == 0 or last):
-            figures |= {"samples": state.samples, **clock.read()}
+        if log and (state.step % t.log_every == 0 or state.step == t.steps):
+            figures |= {"samples": state.samples, **clock.read(), **loader.meter.read()}
             log.write("train", state.step, figures)
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
-        if last or (t.eval_every and state.step % t.eval_every == 0):
+        if t.eval_every and state.step % t.eval_every == 0 and state.step < t.steps:
             with clock.paused():
-                scores = evaluate(model, config, world)
-            if log and scores:
-                log.write("eval", state.step, scores)
-                shown = (f"{name} {value:.3f}" for name, value in scores.items() if name.endswith(("R@1", "R@5", "token")))
-                ticker.say(f"step {state.step}  {'  '.join(shown)}")
-        if last or state.step % t.checkpoint_every == 0:
+                report_scores(evaluate(model, config, world), state.step, log, ticker)
+        if state.step % t.checkpoint_every == 0 and state.step < t.steps:
             checkpoint.save(run, model, optimizer, state, config, world)
+    if state.step > first:
+        report_scores(evaluate(model, config, world), state.step, log, ticker)
+        checkpoint.save(run, model, optimizer, state, config, world)
     if log:
         log.close()
+
+
+def report_scores(scores: Mapping[str, float], step: int, log: MetricsLog | None, ticker: Ticker) -> None:
+    """Write down what an evaluation found, and show its main figures."""
+    if log and scores:
+        log.write("eval", step, scores)
+        shown = (f"{name} {value:.3f}" for name, value in scores.items() if name.endswith(("R@1", "R@5", "token")))
+        ticker.say(f"step {step}  {'  '.join(shown)}")
+
+
+def refuse_unread_media(loader: Loader) -> None:
+    """Raises UserError for a source with media that the model has no encoder for."""
+    for source in loader.plan.sources:
+        if source.has_media(AUDIO) or source.has_media(VIDEO):
+            raise UserError(f"source {source.name}: it has sounds or clips, and the model reads pictures and text alone")
 
 
 def begin_or_resume(run: Path, model: nn.Module, optimizer: Optimizer, config: RunConfig, world: World) -> TrainState | None:

@@ -13,15 +13,12 @@ import pytest
 import torch
 
 from mmpt.config import AugmentConfig, RunConfig, dump
-from mmpt.data.documents import to_document
-from mmpt.data.index import Corpus
-from mmpt.data.loader import Loader, measure, sequential_batches
-from mmpt.data.media import composite, decode_image, patchify
-from mmpt.data.packing import tokenize
-from mmpt.data.shards import ShardWriter
+from mmpt.data.corpus import Corpus
+from mmpt.data.loader import Loader, sequential_batches
+from mmpt.data.media.images import composite, decode_image, patchify
 from mmpt.data.spec import load_spec
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import NOTHING, Document, Image, LoaderState, PackedBatch, UserError
+from mmpt.types import NOTHING, Image, LoaderState, LoadReport, PackedBatch, UserError
 
 WILD = AugmentConfig(rotate=30, scale=0.3, shift=0.2, color=0.5, grayscale=0.3, background=0.6)
 
@@ -39,7 +36,8 @@ def take(
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if is_dataclass(value):
         for field in fields(value):
-            yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
+            if not isinstance(value, LoadReport) or field.name != "milliseconds":
+                yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
     else:
         yield name, value
 
@@ -52,7 +50,7 @@ def assert_same(one: PackedBatch, other: PackedBatch) -> None:
 def packs_of(batch: PackedBatch, pack_tokens: int) -> Iterator[tuple[Any, ...]]:
     """Each pack of a batch without the numbers that are local to the batch."""
     per_item = batch.images.cu_seqlens.diff().tolist()
-    items = batch.images.patches.split(per_item)
+    items = batch.images.values.split(per_item)
     for start in range(0, len(batch.tokens), pack_tokens):
         rows = slice(start, start + pack_tokens)
         ids, media, pool = batch.document_ids[rows], batch.media_index[rows], batch.pool_index[rows]
@@ -109,7 +107,7 @@ def test_packs_are_numbered_over_the_run(tiny_config: RunConfig):
 def test_pictures_change_with_the_epoch_not_with_the_packing(tiny_config: RunConfig):
     def pictures(config: RunConfig) -> dict[tuple[str, int], list[int]]:
         return {
-            (ref.key, ref.epoch): batch.images.patches[batch.images.cu_seqlens[item] : batch.images.cu_seqlens[item + 1]].tolist()
+            (ref.key, ref.epoch): batch.images.values[batch.images.cu_seqlens[item] : batch.images.cu_seqlens[item + 1]].tolist()
             for batch in take(config, 8)
             for item, ref in first_items(batch)
         }
@@ -126,18 +124,8 @@ def test_pictures_change_with_the_epoch_not_with_the_packing(tiny_config: RunCon
     assert any(one[key, 0] != one[key, 1] for key, epoch in one if epoch == 1 and (key, 0) in one)
 
 
-def test_measured_lengths_are_the_tokens_made(tiny_config: RunConfig, tokenizer: Tokenizer):
-    corpus = open_split(tiny_config, "train")
-    made = [sum(len(segment.tokens) for segment in tokenize(read(corpus, i), tokenizer, 4)) for i in range(len(corpus))]
-    assert measure(corpus, tokenizer, tiny_config).tolist() == made
-
-
 def open_split(config: RunConfig, split: str) -> Corpus:
     return Corpus.open(load_spec(Path(config.data.spec)), split)
-
-
-def read(corpus: Corpus, number: int) -> Document:
-    return to_document(corpus.read(number), corpus.name)
 
 
 def test_sequential_batches_show_every_document_once_unchanged(tiny_config: RunConfig, tokenizer: Tokenizer):
@@ -145,9 +133,9 @@ def test_sequential_batches_show_every_document_once_unchanged(tiny_config: RunC
     batches = list(sequential_batches(corpus, tokenizer, with_data(tiny_config, augment=WILD, packs_per_batch=1)))
     assert len(batches) > 1 and all(len(batch.tokens) == 128 for batch in batches)
     assert [ref.key for batch in batches for ref in batch.provenance] == [corpus.read(i).key for i in range(len(corpus))]
-    images = [part for i in range(len(corpus)) for part in read(corpus, i).parts if isinstance(part, Image)]
-    expected = patchify(composite(torch.stack([decode_image(image.data, 32) for image in images])), 8)
-    assert torch.equal(torch.cat([batch.images.patches for batch in batches]), expected)
+    images = [part for i in range(len(corpus)) for part in corpus.document(i).parts if isinstance(part, Image)]
+    expected = patchify(composite(torch.stack([decode_image(image.data, 32, 32) for image in images])), 8)
+    assert torch.equal(torch.cat([batch.images.values for batch in batches]), expected)
 
 
 def test_finish_is_applied_to_every_batch(tiny_config: RunConfig):
@@ -169,8 +157,8 @@ def test_a_changed_corpus_or_setting_is_named(tiny_config: RunConfig):
     state = take(tiny_config, 1)[0].state
     with pytest.raises(UserError, match=r"data\.pack_tokens was 128, is 160; data\.seed was 0, is 1;"):
         Loader(with_data(tiny_config, pack_tokens=160, seed=1), 0, 1, state)
-    other = replace(state, fingerprint=state.fingerprint.replace("corpus:", "corpus:0"))
-    with pytest.raises(UserError, match="corpus was 0"):
+    other = replace(state, fingerprint=state.fingerprint | {"source tiny": "0"})
+    with pytest.raises(UserError, match="source tiny was 0"):
         Loader(tiny_config, 0, 1, other)
 
 
@@ -179,28 +167,34 @@ def test_packs_that_ranks_cannot_share_are_refused(tiny_config: RunConfig):
         Loader(tiny_config, 0, 3)
 
 
-def test_a_document_longer_than_a_pack_is_named(tiny_config: RunConfig):
-    with pytest.raises(UserError, match=r"data\.pack_tokens = 20: document tiny\d+ of tiny has \d+ tokens"):
-        Loader(with_data(tiny_config, pack_tokens=20), 0, 1)
+def test_a_document_longer_than_a_pack_comes_in_pieces(tiny_config: RunConfig):
+    config = with_data(tiny_config, pack_tokens=24)
+    refs = [ref for batch in take(config, 40) for ref in batch.provenance if ref.epoch == 0]
+    assert len(refs) == len({(ref.key, ref.piece) for ref in refs}) and max(ref.piece for ref in refs) > 0
+
+
+def test_a_medium_that_no_pack_holds_is_named(tiny_config: RunConfig):
+    with pytest.raises(UserError, match=r"data\.pack_media = 10: a medium of document tiny\d+ of tiny takes 16"):
+        Loader(with_data(tiny_config, pack_media=10), 0, 1)
+
+
+def test_no_pack_holds_more_media_than_it_may(tiny_config: RunConfig):
+    for batch in take(with_data(tiny_config, pack_media=48, packs_per_batch=1), 30):
+        assert 0 < len(batch.images.values) <= 48
+
+
+def test_batches_made_ahead_fit_the_memory_given(tiny_config: RunConfig):
+    config = with_data(tiny_config, pack_tokens=4096, packs_per_batch=16, workers=2, prefetch=100, prefetch_mib=512)
+    batch = 16 * 4096 * (14 * 8 + 4 * 3 * 8**2)  # bytes: all that is kept of a token, and a picture at every token
+    assert Loader(config, 0, 1).prefetch == 512 * 2**20 // (2 * (batch + 2**20)) > 1
+    with pytest.raises(UserError, match=r"data\.prefetch_mib = 50: one batch for each worker may take 112 MiB"):
+        Loader(with_data(config, prefetch_mib=50), 0, 1)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_config: RunConfig, tokenizer: Tokenizer):
     config = tiny_config.model_copy(update={"model": tiny_config.model.model_copy(update={"vocabulary": 100})})
     with pytest.raises(UserError, match=rf"model\.vocabulary = 100: the tokenizer has {len(tokenizer)} tokens"):
         Loader(config, 0, 1)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_faulty_document_is_one_line(tmp_path: Path, tiny_config: RunConfig, workers: int):
-    part = {"type": "image", "file": "000.png", "wh": [2, 2], "crc32": 1}
-    with ShardWriter(tmp_path, "bad", samples_per_shard=4) as writer:
-        writer.write("a", {"v": 1, "id": "a", "parts": [part], "meta": {}}, {"000.png": b"no picture"})
-    spec = 'version: 1\nname: bad\nformat: interleaved\nshards: {root: ".", pattern: "bad-00000.tar"}\nsplit: {train: "0:1"}\n'
-    (tmp_path / "bad.yaml").write_text(spec)
-    with pytest.raises(UserError) as caught:
-        take(with_data(tiny_config, spec=str(tmp_path / "bad.yaml"), workers=workers), 1)
-    assert str(caught.value).startswith("bad: document a of") and "crc32 = 1" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 PARENT = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpt.data.spec import MAX_SPEC_BYTES, load_spec
+from mmpt.data.spec import MAX_SPEC_BYTES, load_mixture, load_spec
 from mmpt.types import UserError
 
 GOOD = {
@@ -35,34 +35,41 @@ def message(path: Path) -> str:
 
 def test_splits_are_ranges_of_the_pattern(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path))
-    shards = [tmp_path / "shards" / f"a-{number:02d}.tar" for number in range(5)]
-    assert spec.shard_paths("train") == shards[:3]
-    assert spec.shard_paths("val") == shards[3:]
-    assert spec.shard_paths("all") == shards
+    shards = [f"a-{number:02d}.tar" for number in range(5)]
+    assert spec.shard_names("train") == shards[:3]
+    assert spec.shard_names("val") == shards[3:]
+    assert spec.shard_names("all") == shards
 
 
 def test_root_is_relative_to_the_spec_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    assert load_spec(f"{tmp_path.name}/spec.yaml").shard_paths("train")[0].resolve() == tmp_path / "shards" / "a-00.tar"
+    assert Path(load_spec(f"{tmp_path.name}/spec.yaml").root).resolve() == tmp_path / "shards"
+
+
+@pytest.mark.parametrize(
+    "root", ["s3://bucket/a/b", "gs://bucket", "az://box/a", "https://example.org/a/", "http://127.0.0.1:9/a"]
+)
+def test_a_root_may_be_an_object_store_or_a_web_server(tmp_path: Path, root: str) -> None:
+    spec = load_spec(write(tmp_path, shards=json.dumps({"root": root, "pattern": "a-{00..04}.tar"})))
+    assert spec.root == root.rstrip("/") and spec.shards.is_remote and spec.shards.shuffled_together == 16
+
+
+@pytest.mark.parametrize("block", [None, 0, 3])
+def test_local_shards_are_shuffled_all_together_unless_told(tmp_path: Path, block: int | None) -> None:
+    shards = {"root": "shards", "pattern": "a-{00..04}.tar"} | ({} if block is None else {"block": block})
+    assert load_spec(write(tmp_path, shards=json.dumps(shards))).shards.shuffled_together == (block or 0)
 
 
 def test_a_pattern_without_a_range_is_one_shard(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, shards="{root: shards, pattern: a-03.tar}", split='{train: ":"}'))
-    assert spec.shard_paths("train") == [tmp_path / "shards" / "a-03.tar"]
+    assert spec.shard_names("train") == ["a-03.tar"]
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path))
     with pytest.raises(UserError, match="no split 'test'; it has train, val, all"):
-        spec.shard_paths("test")
-
-
-def test_missing_shards_are_named_and_counted(tmp_path: Path) -> None:
-    spec = load_spec(write(tmp_path))
-    (tmp_path / "shards" / "a-01.tar").unlink()
-    with pytest.raises(UserError, match=r"lacks a-01.tar, 1 of 3 shards of split 'train'"):
-        spec.shard_paths("train")
+        spec.shard_names("test")
 
 
 @pytest.mark.parametrize("pattern", ["/etc/{0..1}.tar", "../a.tar", "x/../../a.tar", ".{0..1}./a.tar", "x/.."])
@@ -77,11 +84,14 @@ def test_one_range_is_the_only_wildcard(tmp_path: Path, pattern: str) -> None:
     assert "one number range is understood" in message(write(tmp_path, shards=f'{{root: shards, pattern: "{pattern}"}}'))
 
 
-@pytest.mark.parametrize("command", ["pipe:cat a.tar", "https://example.org/a.tar", "s3://bucket/a.tar", "cat a.tar |"])
-@pytest.mark.parametrize("field", ["root", "pattern"])
-def test_commands_and_addresses_are_refused(tmp_path: Path, field: str, command: str) -> None:
+COMMANDS = ["pipe:cat a.tar", "cat a.tar |", "file:///etc", "s3://bucket/a|b", "simplecache::s3://bucket/a", "s3://a::file://b"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("field", ["root", "pattern", "media"])
+def test_commands_and_other_addresses_are_refused(tmp_path: Path, field: str, command: str) -> None:
     shards = {"root": "shards", "pattern": "a.tar", field: command}
-    assert "never run or opened" in message(write(tmp_path, shards=json.dumps(shards)))
+    assert "never run" in message(write(tmp_path, shards=json.dumps(shards)))
 
 
 @pytest.mark.parametrize("pattern", ["{0..999999999}.tar", "a-{04..00}.tar"])
@@ -110,7 +120,16 @@ def test_a_range_without_quotes_is_refused_as_yaml_takes_it_for_a_number(tmp_pat
     [
         ({"name": None}, "name is missing"),
         ({"version": "2"}, "version = 2"),
-        ({"format": "pairs"}, "format = 'pairs'"),
+        ({"format": "zip"}, "format = 'zip'"),
+        ({"map": "{image: jpg}"}, "map.image is no field of format interleaved"),
+        ({"format": "text", "map": "{image: jpg}"}, "map.image is no field of format text; it has text"),
+        ({"templates": "[{order: [image, text]}]"}, "templates belong to formats pairs and csv"),
+        ({"format": "pairs", "templates": "[{order: [image, image]}]"}, "one image and one text are wanted"),
+        ({"format": "pairs", "templates": "[{order: [text, image], p: 0}]"}, "templates.0.p = 0"),
+        ({"image": "{max_pixels: 0}"}, "image.max_pixels = 0"),
+        ({"audio": "{sample_rate: 44100}"}, "audio.sample_rate = 44100"),
+        ({"video": "{fps: .inf}"}, "video.fps = inf"),
+        ({"on_bad": "{policy: ignore}"}, "on_bad.policy = 'ignore'"),
         ({"name": "../x"}, "name = '../x'"),
         ({"nmae": "x"}, "unknown key nmae; did you mean 'name'?"),
         ({"shards": "a.tar"}, "shards = 'a.tar'"),
@@ -164,5 +183,60 @@ def test_the_shipped_specs_parse() -> None:
     assert shipped
     for path in shipped:
         spec = load_spec(path)
-        assert spec.name == path.stem
-        assert {"train", "val"} <= spec.split.keys()
+        assert "train" in spec.split, path
+
+
+MIXTURE = """\
+version: 1
+name: both
+unit: samples
+mixture:
+  - {spec: spec.yaml, weight: 2}
+  - {spec: other.yaml, weight: 1.5, max_epochs: 2, on_exhausted: stop}
+"""
+
+
+def test_a_mixture_names_its_specs(tmp_path: Path) -> None:
+    write(tmp_path).rename(tmp_path / "other.yaml")
+    write(tmp_path, name="second")
+    (tmp_path / "both.yaml").write_text(MIXTURE)
+    mixture = load_mixture(tmp_path / "both.yaml")
+    assert mixture.unit == "samples" and [part.weight for part in mixture.mixture] == [2, 1.5]
+    assert [spec.name for spec in mixture.specs()] == ["second", "tiny"]
+    assert (mixture.mixture[1].max_epochs, mixture.mixture[1].on_exhausted) == (2, "stop")
+
+
+def test_a_spec_alone_is_a_mixture_of_one(tmp_path: Path) -> None:
+    mixture = load_mixture(write(tmp_path))
+    assert [(part.weight, part.max_epochs) for part in mixture.mixture] == [(1, None)]
+    assert [spec.path for spec in mixture.specs()] == [tmp_path / "spec.yaml"]
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+    write(tmp_path).rename(tmp_path / "other.yaml")
+    write(tmp_path)
+    (tmp_path / "both.yaml").write_text(MIXTURE)
+    with pytest.raises(UserError, match="two of its specs have the name 'tiny'"):
+        load_mixture(tmp_path / "both.yaml").specs()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("weight: 2", "weight: -1"), "mixture.0.weight = -1"),
+        (("on_exhausted: stop", "on_exhausted: loop"), "mixture.1.on_exhausted = 'loop'"),
+        (("max_epochs: 2", "max_epochs: 0"), "mixture.1.max_epochs = 0"),
+        (("unit: samples", "unit: bytes"), "unit = 'bytes'"),
+        (("spec: spec.yaml", "spec: 'pipe:cat'"), "never run"),
+    ],
+)
+def test_a_mistake_in_a_mixture_names_field_and_value(tmp_path: Path, change: tuple[str, str], told: str) -> None:
+    (tmp_path / "both.yaml").write_text(MIXTURE.replace(*change))
+    with pytest.raises(UserError) as caught:
+        load_mixture(tmp_path / "both.yaml")
+    assert told in str(caught.value)
+
+
+def test_a_mixture_where_a_spec_is_wanted_is_told(tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text(MIXTURE)
+    assert "this is a mixture" in message(tmp_path / "both.yaml")

@@ -34,7 +34,7 @@ def change(path: Path, **fields: object) -> Path:
 
 
 def test_the_specials_have_their_numbers() -> None:
-    assert (TRAINED.pad, TRAINED.bos, TRAINED.eos, TRAINED.image, TRAINED.emb) == (0, 1, 2, 3, 4)
+    assert (TRAINED.pad, TRAINED.bos, TRAINED.eos, TRAINED.media, TRAINED.emb) == (0, 1, 2, 3, 4)
     assert 5 + 256 < len(TRAINED) <= 320
 
 
@@ -107,7 +107,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_our_specials_is_refused_naming_them(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "other.json"))
-    with pytest.raises(UserError, match="lacks the special token <pad>, <bos>, <eos>, <image>, <emb>"):
+    with pytest.raises(UserError, match="lacks the special token <pad>, <bos>, <eos>, <media>, <emb>"):
         Tokenizer.load(tmp_path / "other.json")
 
 

@@ -5,17 +5,31 @@ import torch
 from torch import nn
 
 from mmpt.config import ImageEncoderConfig, RunConfig
-from mmpt.data.index import Corpus
+from mmpt.data.corpus import Corpus
 from mmpt.data.loader import sequential_batches
 from mmpt.data.spec import load_spec
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import captions, embed
 from mmpt.model.multimodal import MultimodalModel
-from mmpt.types import IMAGE, NOTHING, TEXT, DocumentRef, EmbeddingSlots, LoaderState, MediaBatch, PackedBatch
+from mmpt.types import (
+    IMAGE,
+    NOTHING,
+    TEXT,
+    DocumentRef,
+    EmbeddingSlots,
+    LoaderState,
+    LoadReport,
+    MediaBatch,
+    PackedBatch,
+    PlanCursor,
+)
 
-STATE = LoaderState(fingerprint="", window=0, pack=0, packs_consumed=0)
+STATE = LoaderState(fingerprint={}, cursor=PlanCursor(window=0, pack=0, sources={}), packs_consumed=0)
 NO_IMAGES = MediaBatch(
-    patches=torch.zeros(0, 3, dtype=torch.uint8), cu_seqlens=torch.zeros(1, dtype=torch.long), grid=torch.zeros(0, 3).long()
+    values=torch.zeros(0, 3, dtype=torch.uint8),
+    cu_seqlens=torch.zeros(1, dtype=torch.long),
+    grid=torch.zeros(0, 3).long(),
+    times=torch.zeros(0),
 )
 
 
@@ -32,8 +46,11 @@ def slots_only(keys: str, slots: list[tuple[int, int, int]]) -> PackedBatch:
         pool_index=nothing,
         images=NO_IMAGES,
         slots=EmbeddingSlots(modality=modality, pair=pair, content=content),
-        provenance=tuple(DocumentRef(source="hand", key=key, epoch=0, pack=0) for key in keys),
+        audios=NO_IMAGES,
+        videos=NO_IMAGES,
+        provenance=tuple(DocumentRef(source="hand", key=key, epoch=0, piece=0, pack=0, position=0, seed=0) for key in keys),
         state=STATE,
+        report=LoadReport(milliseconds={}, tokens={}, faults=()),
     )
 
 
@@ -78,7 +95,7 @@ class ScriptedModel(nn.Module):
     def __init__(self, tokenizer: Tokenizer, script: dict[int, list[int]]) -> None:
         super().__init__()
         self.script, self.vocabulary = script, len(tokenizer) + 5
-        self.loved = [tokenizer.pad, tokenizer.bos, tokenizer.image, tokenizer.emb, len(tokenizer) + 2]
+        self.loved = [tokenizer.pad, tokenizer.bos, tokenizer.media, tokenizer.emb, len(tokenizer) + 2]
 
     def forward(self, batch: PackedBatch) -> SimpleNamespace:
         hidden = torch.zeros(len(batch.tokens), self.vocabulary)
@@ -89,7 +106,7 @@ class ScriptedModel(nn.Module):
             assert batch.position_ids[positions].tolist() == list(range(len(positions)))
             patch = int(batch.images.cu_seqlens[segment])
             said = len(positions) - media - 2
-            hidden[positions[-1], self.script[int(batch.images.patches[patch, 0])][said]] = 1.0
+            hidden[positions[-1], self.script[int(batch.images.values[patch, 0])][said]] = 1.0
         return SimpleNamespace(hidden=hidden, output_weight=torch.eye(self.vocabulary))
 
 
@@ -142,6 +159,6 @@ def test_the_prompt_of_a_caption_looks_like_a_training_row(tiny_config: RunConfi
 def unpatchify(batch: PackedBatch, emb: int, config: ImageEncoderConfig) -> torch.Tensor:
     """The picture whose slots end before position `emb`."""
     item = int(batch.media_index[emb - 1]) // config.tokens_per_image
-    patches = batch.images.patches[batch.images.cu_seqlens[item] : batch.images.cu_seqlens[item + 1]]
+    patches = batch.images.values[batch.images.cu_seqlens[item] : batch.images.cu_seqlens[item + 1]]
     side = config.patches_per_side
     return patches.view(side, side, config.patch, config.patch, 3).permute(4, 0, 2, 1, 3).reshape(3, config.size, config.size)

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from mmpt.config import RunConfig
-from mmpt.data.index import Corpus
+from mmpt.data.corpus import Corpus
 from mmpt.data.spec import load_spec
 from mmpt.evaluate.gallery import gallery
 from mmpt.evaluate.retrieval import retrieval

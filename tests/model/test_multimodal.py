@@ -24,9 +24,9 @@ def model(tiny_config: RunConfig) -> MultimodalModel:
 def with_other_picture(batch: PackedBatch, item: int) -> PackedBatch:
     """The same batch with every pixel of one picture inverted."""
     start, stop = batch.images.cu_seqlens[item : item + 2]
-    patches = batch.images.patches.clone()
+    patches = batch.images.values.clone()
     patches[start:stop] = 255 - patches[start:stop]
-    return replace(batch, images=replace(batch.images, patches=patches))
+    return replace(batch, images=replace(batch.images, values=patches))
 
 
 def test_a_captions_embedding_does_not_move_with_the_picture(model: MultimodalModel, batch: PackedBatch):
@@ -71,7 +71,12 @@ def test_the_caption_follows_from_the_picture(model: MultimodalModel, batch: Pac
 
 def test_a_batch_without_pictures_reaches_every_parameter(model: MultimodalModel, batch: PackedBatch):
     """Ranks without a picture run the encoder all the same, with gradients of exactly zero."""
-    empty = MediaBatch(patches=batch.images.patches[:0], cu_seqlens=torch.zeros(1, dtype=torch.int64), grid=batch.images.grid[:0])
+    empty = MediaBatch(
+        values=batch.images.values[:0],
+        cu_seqlens=torch.zeros(1, dtype=torch.int64),
+        grid=batch.images.grid[:0],
+        times=torch.empty(0),
+    )
     nothing = torch.full_like(batch.tokens, NOTHING)
     none = torch.empty(0, dtype=torch.int64)
     blind = replace(
@@ -100,9 +105,10 @@ def test_the_order_of_documents_in_a_batch_changes_nothing(model: MultimodalMode
         media_index=torch.cat([batch.media_index, shifted(batch.media_index, media)]),
         pool_index=torch.cat([batch.pool_index, shifted(batch.pool_index, slots)]),
         images=MediaBatch(
-            patches=torch.cat([batch.images.patches] * 2),
+            values=torch.cat([batch.images.values] * 2),
             cu_seqlens=torch.cat([batch.images.cu_seqlens, batch.images.cu_seqlens[1:] + batch.images.cu_seqlens[-1]]),
             grid=torch.cat([batch.images.grid] * 2),
+            times=torch.cat([batch.images.times] * 2),
         ),
         slots=EmbeddingSlots(
             modality=batch.slots.modality.repeat(2), pair=batch.slots.pair.repeat(2), content=batch.slots.content.repeat(2)
@@ -122,7 +128,8 @@ def test_pictures_of_several_shapes_are_encoded_as_if_alone(tiny_config: RunConf
     def pack(chosen: list[int]) -> MediaBatch:
         lengths = torch.tensor([0, *(len(items[i]) for i in chosen)])
         grid = torch.tensor([[1, *shapes[i]] for i in chosen])
-        return MediaBatch(patches=torch.cat([items[i] for i in chosen]), cu_seqlens=lengths.cumsum(0), grid=grid)
+        values = torch.cat([items[i] for i in chosen])
+        return MediaBatch(values=values, cu_seqlens=lengths.cumsum(0), grid=grid, times=torch.zeros(len(chosen)))
 
     alone = torch.cat([encoder(pack([i])) for i in range(4)])
     torch.testing.assert_close(encoder(pack([0, 1, 2, 3])), alone, rtol=1e-4, atol=1e-5)

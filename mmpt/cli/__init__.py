@@ -10,11 +10,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from typer.exceptions import TyperException
+
+from mmpt.cli.base import ConfigPath, Overrides, group
+from mmpt.cli.data import build_emoji, data_app, verify_app
 
 if TYPE_CHECKING:
     import torch
@@ -27,30 +30,14 @@ DEMO = Path("configs/demo.yaml")
 OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)
 """Operating system errors that a path of the user's causes; any other is a fault of mmpt's and keeps its traceback."""
 
-# rich's boxes are for a terminal; elsewhere (a pipe, a log) plain lines read better.
-LOOK: Literal["rich"] | None = "rich" if sys.stdout.isatty() else None
-
-
-def _group(**settings: object) -> typer.Typer:
-    return typer.Typer(
-        no_args_is_help=True, rich_markup_mode=LOOK, pretty_exceptions_enable=False, add_completion=False, **settings
-    )
-
-
-app = _group(help="Pretrain multimodal models on tar shards, and see what they find.", epilog="Start with: mmpt demo")
-eval_app = _group(help="Measure a trained run.")
-config_app = _group(help="Look at configs.")
-data_app = _group(help="Build shards, and look into them.")
+app = group(help="Pretrain multimodal models on tar shards, and see what they find.", epilog="Start with: mmpt demo")
+eval_app = group(help="Measure a trained run.")
+config_app = group(help="Look at configs.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(verify_app, name="verify")
 
-ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A run's config, YAML: those in configs/, or runs/NAME/config.yaml.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE ...", help="Settings that replace those of CONFIG: train.steps=100")
-]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder: runs/NAME")]
 
 
@@ -170,37 +157,6 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-@data_app.command(epilog="mmpt data build emoji --out data/emoji")
-def build(
-    recipe: Annotated[Literal["emoji"], typer.Argument(metavar="RECIPE", help="Which corpus.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the shards, spec.yaml and tokenizer.json.")],
-) -> None:
-    """Write a public corpus as shards.
-
-    The spec and the tokenizer lie beside them. Building twice gives the same bytes.
-    """
-    _build(out)
-
-
-@data_app.command(epilog="mmpt data preview data/emoji/spec.yaml --config configs/demo.yaml")
-def preview(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec, YAML.")],
-    config: Annotated[Path, typer.Option(metavar="CONFIG", help="The run's config: its tokenizer, pictures and packs.")],
-    split: Annotated[str, typer.Option(help="Split of the spec.")] = "train",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; else beside SPEC, with its name.")] = None,
-) -> None:
-    """Show documents as the model sees them.
-
-    Writes one page that opens offline: the first pictures, their tokens coloured by kind, and how packs hold them.
-    """
-    from mmpt.config import load
-    from mmpt.data.preview import preview as write_page
-
-    run = load(config)
-    page = out or spec.with_suffix(".html")
-    typer.echo(write_page(spec, run.data.tokenizer, page, split, run.model.image, run.data.pack_tokens))
-
-
 @app.command()
 def demo() -> None:
     """Build data, train, evaluate, report.
@@ -217,7 +173,7 @@ def demo() -> None:
         raise UserError(f"{DEMO}: no such file here; run `mmpt demo` in the folder of the repository")
     config = load(DEMO)
     if _is_stale(Path(config.data.spec)):
-        _build(Path(config.data.spec).parent)
+        build_emoji(Path(config.data.spec).parent)
     newest = checkpoint.newest(Path("runs") / config.name)
     if newest and checkpoint.read_state(newest)[0].step == config.train.steps:
         typer.echo(f"runs/{config.name} is trained to its last step already; `rm -r runs/{config.name}` starts it anew")
@@ -232,20 +188,6 @@ def _is_stale(spec: Path) -> bool:
 
     written_by = [Path(module.__file__) for module in (emoji, shards, tokens)]
     return not spec.is_file() or spec.stat().st_mtime < max(path.stat().st_mtime for path in written_by)
-
-
-def _build(out: Path) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from mmpt.recipes import emoji
-
-    console = Console()
-    typer.echo(f"building {out}")
-    columns = TextColumn("building"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("building", total=None)
-        spec = emoji.build(out, lambda done, total: bar.update(task, completed=done, total=total))
-    typer.echo(f"{spec} and its shards are written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +220,7 @@ def _evaluate(run: Path, spec: Path | None, split: str) -> _Evaluated:
 
 
 def _report(run: Path) -> None:
-    from mmpt.data.index import Corpus
+    from mmpt.data.corpus import Corpus
     from mmpt.data.spec import load_spec
     from mmpt.evaluate.gallery import gallery
     from mmpt.evaluate.report import write_report

@@ -1,0 +1,166 @@
+"""One source of a run: its documents in the order of the epochs, what each costs, and how a plan's slot is read.
+
+Corpus, Tokenizer, Budget --Source--> draw, pieces: numbers for the plan, in the training process
+                                      read: segments and encoded media for a slot, in a worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from mmpt.config import DataConfig
+from mmpt.data.budget import Budget
+from mmpt.data.corpus import Corpus
+from mmpt.data.faults import BadMedia
+from mmpt.data.mixture import Drawn, Slot
+from mmpt.data.plan import Order, keyed_hash
+from mmpt.data.segments import Run, document_lengths, piece_cost, split, tokenize, tokenize_piece
+from mmpt.data.spec import MixturePart
+from mmpt.data.tokens import Tokenizer
+from mmpt.types import TEXT, Document, Part, Text, TokenizedDocument, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A slot, read: its segments, and the media that they show, in the order of the document."""
+
+    key: str
+    seed: int  # of the augmentation of the document in this epoch
+    segments: Sequence[TokenizedDocument]
+    media: Sequence[tuple[int, Part]]  # number of the part within the document, part
+
+
+class Source:
+    """What the plan and the workers need of one source. Raises UserError for documents that no pack can hold."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, budget: Budget, part: MixturePart, data: DataConfig) -> None:
+        self.corpus, self.tokenizer, self.budget, self.data = corpus, tokenizer, budget, data
+        self.name, self.size = corpus.name, len(corpus)
+        self.weight, self.max_epochs, self.on_exhausted = part.weight, part.max_epochs, part.on_exhausted
+        self.order = Order(corpus.name, np.diff(corpus.starts), data.seed, corpus.spec.shards.shuffled_together)
+        self.is_text: Bool[np.ndarray, " parts"] = corpus.parts["kind"] == TEXT
+        tokens, rows = budget.media(corpus.parts)
+        self.tokens = np.where(self.is_text, corpus.token_counts(tokenizer), tokens).astype(np.int32)
+        self.rows = rows.astype(np.int32)
+        self._refuse_large_media()
+        self.lengths = self._lengths(reverse=False)
+        self.reversed_share = _reversed_share(corpus)
+        self.reversed_lengths = self._lengths(reverse=True) if self.reversed_share else self.lengths
+        sums = np.concatenate([[0], np.cumsum(self.rows, dtype=np.int64)])
+        self.media_rows = np.diff(sums[corpus.first_part]).astype(np.int32)
+        self._recent = _Recent(8)
+        if not self.lengths.any():
+            raise UserError(f"source {self.name}: none of its {self.size} documents can be used; see `mmpt data validate`")
+
+    def _lengths(self, reverse: bool) -> Int[np.ndarray, " documents"]:
+        return document_lengths(self.is_text, self.tokens.astype(np.int64), self.corpus.first_part, reverse).astype(np.int32)
+
+    def _refuse_large_media(self) -> None:
+        for name, costs, most in (
+            ("pack_tokens", np.where(self.is_text, 0, self.tokens), self.data.pack_tokens),
+            ("pack_media", self.rows, self.data.pack_media or np.inf),
+        ):
+            if len(costs) and (largest := int(costs.max())) > most:
+                document = int(np.searchsorted(self.corpus.first_part, int(costs.argmax()), side="right")) - 1
+                raise UserError(
+                    f"data.{name} = {most}: a medium of document {self.corpus.key(document)} of {self.name} takes {largest}; "
+                    f"raise it, or lower the source's limits or the size that the model is given"
+                )
+
+    def draw(self, positions: Int[np.ndarray, " n"]) -> Drawn:
+        """What stands at these positions of the stream, and what it costs."""
+        epochs, documents = self.order(positions)
+        tokens = np.where(self.is_reversed(epochs, documents), self.reversed_lengths[documents], self.lengths[documents])
+        return Drawn(epochs, documents, tokens.astype(np.int64), self.media_rows[documents].astype(np.int64))
+
+    def is_reversed(self, epochs: Int[np.ndarray, " n"], documents: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which template of a pair is drawn: a function of seed, source, epoch and document."""
+        if not self.reversed_share:
+            return np.zeros(len(documents), dtype=bool)
+        key = np.uint64(keyed_hash("template", self.data.seed, self.name))
+        mixed = (epochs.astype(np.uint64) << np.uint64(40)) ^ documents.astype(np.uint64) ^ key
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finalizer
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) < self.reversed_share * 2.0**53
+
+    def pieces(self, document: int, epoch: int) -> list[tuple[int, int]]:
+        """Tokens and media rows of each piece of a document that is over a capacity."""
+        is_text, tokens, rows = self._parts(document)
+        return [piece_cost(piece, is_text, tokens, rows) for piece in self._runs(document)]
+
+    def _parts(self, document: int) -> tuple[list[bool], list[int], list[int]]:
+        parts = slice(self.corpus.first_part[document], self.corpus.first_part[document + 1])
+        return self.is_text[parts].tolist(), self.tokens[parts].tolist(), self.rows[parts].tolist()
+
+    def _runs(self, document: int) -> list[list[Run]]:
+        return split(*self._parts(document), self.data.pack_tokens, self.data.pack_media)
+
+    def is_split(self, document: int, length: int) -> bool:
+        """Whether a document of `length` tokens goes in pieces."""
+        return length > self.data.pack_tokens or bool(self.data.pack_media and self.media_rows[document] > self.data.pack_media)
+
+    def has_media(self, modality: int) -> bool:
+        """Whether any document has a part of it."""
+        return bool((self.corpus.parts["kind"] == modality).any())
+
+    def seed_of(self, key: str, epoch: int) -> int:
+        """Of the augmentation of a document."""
+        return keyed_hash(self.data.seed, epoch, self.name, key)
+
+    def read(self, slot: Slot) -> Reading:
+        """What stands in a slot. Raises BadMedia for a document that cannot be read, or is not what was planned."""
+        _, slots, _ = self._parts(slot.document)
+        reverse = bool(self.is_reversed(np.array([slot.epoch]), np.array([slot.document]))[0])
+        length = int((self.reversed_lengths if reverse else self.lengths)[slot.document])
+        if self.is_split(slot.document, length):
+            document, ids = self._recent.get(slot.document, lambda: (self.corpus.document(slot.document), {}))
+            piece = self._runs(slot.document)[slot.piece]
+            for run in piece:
+                if run.part not in ids and isinstance(part := document.parts[run.part], Text):
+                    ids[run.part] = self.tokenizer.encode(part.text)
+            segments = tokenize_piece(document.parts, slots, piece, ids, self.tokenizer)
+            shown = {run.part for run in piece}
+        else:
+            document = self.corpus.document(slot.document)
+            segments = tokenize(document.parts, slots, self.tokenizer, reverse)
+            shown = set(range(len(slots)))
+        made = sum(len(segment.tokens) for segment in segments)
+        if made != slot.tokens:
+            raise BadMedia("length", f"{made} tokens, where {slot.tokens} were planned")
+        media = [
+            (number, part)
+            for number, part in enumerate(document.parts)
+            if number in shown and slots[number] and not isinstance(part, Text)
+        ]
+        return Reading(key=document.key, seed=self.seed_of(document.key, slot.epoch), segments=segments, media=media)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that decides what stands where in the source's stream."""
+        settings = (self.reversed_share, self.corpus.spec.shards.shuffled_together, self.max_epochs, self.on_exhausted)
+        return f"{self.corpus.fingerprint} {keyed_hash(self.budget.signature, repr(settings)):x}"
+
+
+class _Recent:
+    """The last few documents that go in pieces, and the tokens of their texts: the pieces are read one after another."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.kept: dict[int, tuple[Document, dict[int, list[int]]]] = {}
+
+    def get(self, number: int, make: Callable[[], tuple[Document, dict[int, list[int]]]]) -> tuple[Document, dict[int, list[int]]]:
+        found = self.kept.pop(number, None) or make()
+        self.kept = dict([*self.kept.items(), (number, found)][-self.size :])
+        return found
+
+
+def _reversed_share(corpus: Corpus) -> float:
+    """How often the text of a pair stands before its picture."""
+    templates = corpus.spec.templates if corpus.spec.format == "pairs" else ()
+    whole = sum(template.p for template in templates)
+    return sum(template.p for template in templates if template.order[0] == "text") / whole if whole else 0.0
