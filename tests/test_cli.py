@@ -92,7 +92,7 @@ def test_help(mmpt, command: str) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from mmpt.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize(

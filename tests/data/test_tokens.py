@@ -65,7 +65,8 @@ def test_what_it_was_trained_on_is_short() -> None:
 def test_the_order_of_texts_and_the_process_do_not_matter(saved: Path, tmp_path: Path) -> None:
     """Merges of equal count are where an order could slip in; hash seeds differ between processes."""
     code = f"from mmpt.data.tokens import Tokenizer; Tokenizer.train({TEXTS[::-1]!r}, 320).save({str(tmp_path / 'other.json')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "2"})
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
     assert (tmp_path / "other.json").read_bytes() == saved.read_bytes()
 
 

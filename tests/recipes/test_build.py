@@ -184,7 +184,7 @@ def test_killed_outright_and_given_again(pages: DataSpec, tmp_path: Path) -> Non
     build_spec(pages, tmp_path / "whole")
     for documents in (10, 47):
         command = [sys.executable, "-c", BUILD_AND_DIE, str(pages.path), str(tmp_path / "out"), str(documents)]
-        killed = subprocess.run(command, capture_output=True, text=True)
+        killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert killed.returncode == -9, killed.stderr
         assert list((tmp_path / "out").glob("*.part"))  # it was in the midst of a shard
     build_spec(pages, tmp_path / "out")

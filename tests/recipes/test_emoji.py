@@ -186,7 +186,7 @@ def test_the_readme_names_counts_and_licences(built: tuple) -> None:
 def test_the_same_bytes_twice_and_in_another_process(tmp_path: Path) -> None:
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", BUILD, str(tmp_path / seed)], check=True, env=environment)
+        subprocess.run([sys.executable, "-c", BUILD, str(tmp_path / seed)], check=True, env=environment, timeout=120)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
     assert first == second
     assert {"spec.yaml", "README.md", "tokenizer.json", "emoji-00000.tar", "emoji-00000.tar.index.npz"} <= first.keys()

@@ -17,7 +17,7 @@ MAX_SCANS = 256  # of a JPEG, each of which may cost a pass over all pixels for 
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _DCT_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # sequential and progressive, Huffman and arithmetic coded
 _LUMA_SAMPLING = frozenset({0x11, 0x21, 0x12, 0x22, 0x41, 0x14})  # of which the chroma beside it is sampled 0x11
-_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})  # no length follows them
+_BARE_MARKERS = frozenset(range(0xD0, 0xD9))  # no length follows them
 _PNG_GRAY, _PNG_RGB, _PNG_PALETTE, _PNG_RGBA = 0, 2, 3, 6
 
 
@@ -50,7 +50,7 @@ def read_header(data: Buffer) -> Header:
 def _read_jpeg(view: memoryview) -> Header:
     kind, frame, orientation = 0, None, 1
     for marker, segment in _jpeg_segments(view):
-        if marker in _FRAME_MARKERS and frame is None:
+        if marker in _FRAME_MARKERS:  # of two, libjpeg reads none
             kind, frame = marker, segment
         elif marker == 0xE1 and bytes(segment[:6]) == b"Exif\0\0":
             orientation = exif_orientation(segment[6:])
@@ -68,8 +68,8 @@ def _jpeg_segments(view: memoryview) -> Iterator[tuple[int, memoryview]]:
     marker, position = 0xD8, 2
     while marker != 0xDA:
         marker = view[position + 1]
-        # To libjpeg FF 00 is no marker: it would look on behind it, and might find a larger frame than we do.
-        if view[position] != 0xFF or marker == 0x00:
+        # Markers below C0 are reserved. FF 00 is none to libjpeg: it would look on behind it, and might find a larger frame.
+        if view[position] != 0xFF or marker < 0xC0:
             raise BadMedia("decode", f"the JPEG has no marker at byte {position}")
         if marker == 0xFF or marker in _BARE_MARKERS:
             position += 1 if marker == 0xFF else 2
