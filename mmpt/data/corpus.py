@@ -9,7 +9,7 @@ import contextlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from hashlib import blake2b
@@ -112,16 +112,17 @@ class Corpus:
         for member, (name, data) in enumerate(sample.fields.items()):
             if member not in media and zlib.crc32(data) != crcs[member]:
                 raise BadMedia("crc", f"{name} has changed since it was indexed")
-        texts = iter(self.layout.texts(sample.fields))
+        texts, meta = self.layout.content(sample.fields)
+        remaining = iter(texts)
         files = list(sample.fields.values())
-        parts = tuple(_part(row, files, crcs, texts) for row in rows.tolist())
-        return Document(key=sample.key, source=self.name, parts=parts, meta=self.layout.meta(sample.fields))
+        parts = tuple(_part(row, files, crcs, remaining) for row in rows.tolist())
+        return Document(key=sample.key, source=self.name, parts=parts, meta=meta)
 
     def close(self) -> None:
         self.storage.close()
 
 
-def _part(row: tuple, files: list[memoryview], crcs: list[int], texts) -> Part:
+def _part(row: tuple, files: list[memoryview], crcs: list[int], texts: Iterator[str]) -> Part:
     kind, predict, member, width, height, rate, samples, start, stop = row
     if kind == TEXT:
         return Text(text=next(texts), predict=predict)

@@ -1,7 +1,7 @@
 """What the members of one sample say of the document that they are. Nothing is decoded here.
 
     members by suffix --Layout.entries, check_entries--> what each part is, once, for the index
-                      --Layout.texts--> the texts, each time that the document is read
+                      --Layout.content--> the texts, each time that the document is read
 
 A layout is how a format lies in its tars: `interleaved` has a JSON that names the other members, `pairs` (img2dataset,
 CC12M, LAION) has a picture, a text and a JSON side by side.
@@ -59,12 +59,11 @@ class Layout(Protocol):
         """The parts that a sample's members tell of. Raises BadMedia."""
         ...
 
-    def texts(self, files: Files) -> list[str]:
-        """The texts of the entries, in order, of members that `entries` has read before. Raises BadMedia."""
-        ...
+    def content(self, files: Files) -> tuple[list[str], Mapping[str, Any]]:
+        """The texts of the entries, in order, and what else is known of the document, of members that `entries` has read before.
 
-    def meta(self, files: Files) -> Mapping[str, Any]:
-        """What else is known of the document."""
+        Raises BadMedia.
+        """
         ...
 
 
@@ -84,11 +83,10 @@ class Interleaved:
             raise BadMedia("json", f"parts has {len(parts)} entries; 1 to {MAX_PARTS:,} are read")
         return [entry for number, part in enumerate(parts) for entry in _entries(part, f"parts[{number}]", files)]
 
-    def texts(self, files: Files) -> list[str]:
-        return [part["text"] for part in self._record(files)["parts"] if part["type"] == "text"]
-
-    def meta(self, files: Files) -> Mapping[str, Any]:
-        return _field(self._record(files), "meta", dict, "document", default={})
+    def content(self, files: Files) -> tuple[list[str], Mapping[str, Any]]:
+        record = self._record(files)
+        texts = [part["text"] for part in record["parts"] if part["type"] == "text"]
+        return texts, _field(record, "meta", dict, "document", default={})
 
     def _record(self, files: Files) -> dict[str, Any]:
         if "json" not in files:
@@ -115,13 +113,10 @@ class Pairs:
             Entry(kind=TEXT, file=text, text=words, predict=True),
         ]
 
-    def texts(self, files: Files) -> list[str]:
+    def content(self, files: Files) -> tuple[list[str], Mapping[str, Any]]:
         name = self._find(files, "text")
-        return [_decode_text(files[name], name)]
-
-    def meta(self, files: Files) -> Mapping[str, Any]:
-        found = next((name for name in self.fields["meta"] if name in files), None)
-        return _load_json(files[found]) if found else {}
+        meta = next((name for name in self.fields["meta"] if name in files), None)
+        return [_decode_text(files[name], name)], _load_json(files[meta]) if meta else {}
 
     def _find(self, files: Files, field: str) -> str:
         for name in self.fields[field]:

@@ -225,6 +225,7 @@ class _Table:
         try:
             entries = layout.entries(self.files)
             check_entries(entries, self.files)
+            layout.content(self.files)  # what cannot be read later is faulty now
             self.parts += _rows(entries, self.files)
             self.faults.append(("", ""))
         except BadMedia as error:

@@ -115,7 +115,7 @@ class Source:
     def read(self, slot: Slot) -> Reading:
         """What stands in a slot. Raises BadMedia for a document that cannot be read, or is not what was planned."""
         _, slots, _ = self._parts(slot.document)
-        reverse = bool(self.is_reversed(np.array([slot.epoch]), np.array([slot.document]))[0])
+        reverse = bool(self.reversed_share) and bool(self.is_reversed(np.array([slot.epoch]), np.array([slot.document]))[0])
         length = int((self.reversed_lengths if reverse else self.lengths)[slot.document])
         if self.is_split(slot.document, length):
             document, ids = self._recent.get(slot.document, lambda: (self.corpus.document(slot.document), {}))

@@ -257,7 +257,7 @@ class _Judge:
         files = {member.suffix: self.storage.pread(self.faults.shard, member.size, member.offset) for member in members.values()}
         try:
             entries = self.layout.entries(files)
-            self.layout.meta(files)
+            self.layout.content(files)
         except BadMedia as error:
             self.faults.add(error.reason, str(error), key=key)
             return

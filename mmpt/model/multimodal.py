@@ -56,6 +56,7 @@ class MultimodalModel(nn.Module):
         return self
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
+        assert not len(batch.audios.grid) + len(batch.videos.grid), "there is an encoder for pictures alone"
         x = self.place_media(self.embed_tokens(batch.tokens), batch.images, batch.media_index)
         layout = AttentionLayout.from_document_ids(batch.document_ids)
         hidden = self.transformer(x, batch.position_ids[None], layout)

@@ -60,7 +60,7 @@ def test_a_clip_without_its_sound_is_one_part():
 
 def test_texts_and_meta_are_those_of_the_json():
     given = files(record())
-    assert Interleaved().texts(given) == ["red"] and Interleaved().meta(given) == {"license": "CC0-1.0"}
+    assert Interleaved().content(given) == (["red"], {"license": "CC0-1.0"})
 
 
 FAULTS = [
@@ -145,8 +145,8 @@ def test_img2dataset_samples_are_a_picture_and_its_text():
         Entry(kind=IMAGE, file="jpg", width=3, height=2),
         Entry(kind=TEXT, file="txt", text="ein Café", predict=True),
     ]
-    assert pairs().texts(IMG2DATASET) == ["ein Café"] and pairs().meta(IMG2DATASET)["key"] == "000000017"
-    assert pairs().meta({"jpg": PNG, "txt": b"a"}) == {}
+    assert pairs().content(IMG2DATASET) == (["ein Café"], META)
+    assert pairs().content({"jpg": PNG, "txt": b"a"}) == (["a"], {})
 
 
 def test_the_map_says_which_members_are_meant():

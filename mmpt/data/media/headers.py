@@ -50,7 +50,7 @@ def read_header(data: Buffer) -> Header:
 def _read_jpeg(view: memoryview) -> Header:
     kind, frame, orientation = 0, None, 1
     for marker, segment in _jpeg_segments(view):
-        if marker in _FRAME_MARKERS:  # of two, libjpeg reads none
+        if marker in _FRAME_MARKERS and frame is None:
             kind, frame = marker, segment
         elif marker == 0xE1 and bytes(segment[:6]) == b"Exif\0\0":
             orientation = exif_orientation(segment[6:])
@@ -82,11 +82,10 @@ def _jpeg_segments(view: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _plain_jpeg(kind: int, frame: memoryview) -> bool:
-    """simplejpeg reads gray and three colors, 8 bits each, of the usual samplings; not CMYK, nor lossless JPEG."""
-    precision, components = frame[0], frame[5]
-    samplings = [frame[7 + 3 * number] for number in range(components)]
-    usual = components == 1 or (components == 3 and samplings[0] in _LUMA_SAMPLING and samplings[1:] == [0x11, 0x11])
-    return usual and precision == 8 and kind in _DCT_FRAMES
+    """simplejpeg reads gray and three colors of the usual samplings; not CMYK, nor lossless JPEG."""
+    samplings = [frame[7 + 3 * number] for number in range(frame[5])]
+    usual = len(samplings) == 1 or (samplings[0] in _LUMA_SAMPLING and samplings[1:] == [0x11, 0x11])
+    return usual and kind in _DCT_FRAMES
 
 
 def _read_png(view: memoryview) -> Header:

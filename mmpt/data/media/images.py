@@ -196,7 +196,8 @@ def _resize(
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     if stored == extent:
         return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
-    factors = [wanted / side for wanted, side in zip(size, extent, strict=True)]
+    # torch rounds the product of factor and side down: by no more than a hair too large, it comes out at `size`.
+    factors = [wanted / side * (1 + 1e-12) for wanted, side in zip(size, extent, strict=True)]
     return F.interpolate(batch, scale_factor=factors, mode="bilinear", antialias=True)[0]
 
 

@@ -170,6 +170,14 @@ def test_jpegs_are_scaled_down_without_a_shift(side: int):
     assert off(decode_image(data, 64, 64), data) < (0.6 if side >= 255 else 0.01)  # a shift by half a pixel is 2.4
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 60), st.integers(1, 60))
+@example(135, 134, 29, 29)  # where 67 rows times 29 / 67 is less than 29
+def test_jpegs_of_any_size_are_brought_to_any(width: int, height: int, wide: int, high: int):
+    image = decode_image(encode(photo(width, height), "JPEG"), high, wide, fit="stretch")
+    assert image.shape == (4, high, wide) and (image[3] == 255).all()
+
+
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.1, 2.0, 3.9, 4.0, 5.0, 6.0, 8.0, 12.0])
 @pytest.mark.parametrize("size", [(512, 600), (509, 595)])  # of whole and of broken blocks
 def test_photographs_are_scaled_down_as_pil_does(factor: float, size: tuple[int, int]):
@@ -180,8 +188,9 @@ def test_photographs_are_scaled_down_as_pil_does(factor: float, size: tuple[int,
     assert off(image, data) < (1.2 if factor >= 4 else 0.02) and (image[3] == 255).all()
 
 
-def test_padding_keeps_the_proportions_and_leaves_the_rest_transparent():
-    data = encode(np.full((20, 40, 3), 200, dtype=np.uint8), "PNG")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_padding_keeps_the_proportions_and_leaves_the_rest_transparent(kind: str):
+    data = encode(np.full((20, 40, 3), 200, dtype=np.uint8), kind)
     image = decode_image(data, 16, 16)
     opaque = image[3] == 255
     assert opaque[4:12].all() and not image[3, :4].any() and not image[3, 12:].any()
@@ -282,6 +291,17 @@ def test_a_jpeg_that_is_partly_gray_is_no_picture(options: dict, size: int, capf
             decode_image(damaged, size, size)
         assert caught.value.reason == "decode"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "at, value", [(1, 0xC3), (1, 0xC5), (1, 0xCB), (4, 12), (9, 2)]
+)  # lossless and others, 12 bits, 2 colors
+def test_rare_jpegs_are_refused(at: int, value: int):
+    data = bytearray(KINDS["jpeg"])
+    data[data.index(b"\xff\xc0") + at] = value
+    with pytest.raises(BadMedia) as caught:
+        decode_image(bytes(data), 8, 8)
+    assert caught.value.reason == "decode"
 
 
 @pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "png", "png palette", "png of 1 bit", "webp", "webp lossless"])
