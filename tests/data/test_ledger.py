@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from mmpt.config import AugmentConfig, RunConfig
-from mmpt.data.ledger import Layout, chase, first_difference, read
+from mmpt.data.ledger import Layout, chase, entries, first_difference, read
+from mmpt.data.loader import Loader
 from mmpt.types import LoaderState, UserError
 
 ALONE = Layout(world_size=1, workers=0)
@@ -84,3 +85,19 @@ def test_data_that_end_are_told(four_config: RunConfig, tmp_path: Path):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=r"the data ends after \d+ of 500 micro-batches"):
         read(with_data(small(four_config), spec=str(path)), 500, Layout(world_size=1, workers=1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_takes_the_same_steps_to_the_end_of_the_data(four_config: RunConfig, tmp_path: Path, world_size: int):
+    path = mixture(tmp_path, four=1.0, tiny=1.0)
+    tree = yaml.safe_load(path.read_text())
+    for part in tree["mixture"]:
+        part |= {"max_epochs": 1.5}
+    path.write_text(yaml.safe_dump(tree))
+    config = with_data(small(four_config), spec=str(path), packs_per_batch=6)
+    ranks = [[entries(batch) for batch in Loader(config, rank, world_size)] for rank in range(world_size)]
+    alone = [entries(batch) for batch in Loader(config, 0, 1)]
+    assert {len(rank) for rank in ranks} == {len(alone)} and len(alone) > 2
+    assert [sum(step, []) for step in zip(*ranks, strict=True)] == alone
+    drawn = [row[0] for rows in alone for row in rows]
+    assert len(drawn) == len(set(drawn)) <= 1.5 * (16 + 36)
