@@ -101,16 +101,23 @@ def tone(number: int, seconds: float = 0.5, rate: int = 8000) -> bytes:
     return buffer.getvalue()
 
 
-def clip(number: int, frames: int = 10, fps: int = 10) -> bytes:
-    """An MP4 file (h264) of a plain color that grows brighter, with a tone."""
+def clip(number: int, frames: int = 10, fps: int = 10, track: bool = False) -> bytes:
+    """An MP4 file (h264) of a plain color that grows brighter; with a tone (AAC) if it has a `track`."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=16000, layout="mono") if track else None
         for frame in range(frames):
             pixels = np.full((32, 48, 3), (20 * frame + 5 * number) % 256, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
+        if sound:
+            wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000 * frames // fps) / 16000)
+            heard = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
+            heard.sample_rate = 16000
+            container.mux(sound.encode(heard))
+            container.mux(sound.encode(None))
     return buffer.getvalue()
 
 

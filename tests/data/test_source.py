@@ -16,12 +16,13 @@ from mmpt.data.corpus import Corpus
 from mmpt.data.decode import pixels, sound
 from mmpt.data.loader import Loader, make_source
 from mmpt.data.mixture import Slot
+from mmpt.data.shards import ShardWriter
 from mmpt.data.source import Source
 from mmpt.data.spec import load_spec
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import AUDIO, IMAGE, VIDEO, Audio, Image, PackedBatch
 
-from conftest import picture  # isort: skip
+from conftest import clip, picture  # isort: skip
 
 
 def write_pairs(folder: Path, count: int, **spec: object) -> Path:
@@ -132,3 +133,19 @@ def test_frames_keep_their_time_stamps(four_config: RunConfig):
     assert len(batch.videos.grid) and (batch.videos.grid[:, 0] == 3).all()
     assert batch.videos.times[:3].tolist() == pytest.approx([0.1, 0.5, 0.8], abs=1e-6)
     assert batch.audios.times[:3].tolist() == pytest.approx([0.0, 0.01, 0.02])
+
+
+def test_the_sound_of_a_clip_is_a_part_of_its_own_where_it_is_asked_for(tmp_path: Path, tiny_config: RunConfig):
+    """A tone of 440 Hz through the second half of a clip of two seconds: one mel band is loud in every frame."""
+    video = {"type": "video", "file": "000.mp4", "wh": [48, 32], "fps": 10, "frames": 20, "clip": [1, 2], "audio": True}
+    with ShardWriter(tmp_path, "talk", samples_per_shard=1) as writer:
+        writer.write("a", {"v": 1, "parts": [video, {"type": "text", "text": "a tone"}]}, {"000.mp4": clip(0, 20, track=True)})
+    tree = {"version": 1, "name": "talk", "format": "interleaved", "split": {"train": ":"}}
+    (tmp_path / "talk.yaml").write_text(yaml.safe_dump(tree | {"shards": {"root": ".", "pattern": "talk-00000.tar"}}))
+    data = {"spec": str(tmp_path / "talk.yaml"), "packs_per_batch": 1, "window": 1}
+    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update=data)})
+    (batch,) = islice(Loader(config, 0, 1), 1)
+    assert not batch.report.faults and batch.videos.grid.tolist() == [[1, 4, 4]] and batch.audios.grid.tolist() == [[104, 1, 1]]
+    loudest = batch.audios.values[:98].argmax(dim=1)
+    assert loudest.unique().numel() <= 2 and batch.audios.times[0] == 1.0
+    assert (batch.media_index >= 0).sum() == 4 + 13
