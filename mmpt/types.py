@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int, Num
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 IGNORE = -100
@@ -25,6 +26,9 @@ NOTHING = -1
 TEXT, IMAGE, AUDIO, VIDEO = 0, 1, 2, 3
 """Values of `EmbeddingSlots.modality` and `MediaSpan.modality`."""
 
+
+Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+"""As states hold them, which are read from files."""
 
 Buffer = bytes | memoryview
 """Encoded bytes: a view where they lie within the bytes of a whole batch."""
@@ -178,17 +182,17 @@ class LoadReport:
 class SourceCursor:
     """How far one source of a mixture has been drawn."""
 
-    position: int  # documents drawn, over all epochs
-    consumed: int  # tokens or samples drawn since the weights last changed
-    weight: float  # in force in the window that the cursor stands in
+    position: Count  # documents drawn, over all epochs
+    consumed: Count  # tokens or samples drawn since the weights last changed
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]  # in force in the window that the cursor stands in
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCursor:
     """The next pack of a plan: number `pack` of window `window`, which began with the sources as given."""
 
-    window: int
-    pack: int
+    window: Count
+    pack: Count
     sources: Mapping[str, SourceCursor]
 
 
@@ -198,13 +202,12 @@ class LoaderState:
 
     fingerprint: Mapping[str, str]  # of indices, tokenizer and pack settings: going on under others is refused
     cursor: PlanCursor
-    packs_consumed: int
+    packs_consumed: Count
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> LoaderState:
-        """Back from `dataclasses.asdict`. Raises KeyError or TypeError for anything else."""
-        sources = {name: SourceCursor(**cursor) for name, cursor in plain["cursor"]["sources"].items()}
-        return cls(**{**plain, "cursor": PlanCursor(**{**plain["cursor"], "sources": sources})})
+    def from_json(cls, plain: Any) -> LoaderState:
+        """Back from `dataclasses.asdict`. Raises ValueError for anything else: a stranger may have written it."""
+        return TypeAdapter(cls).validate_python(plain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +279,11 @@ LossTerms = Mapping[str, LossTerm]
 class TrainState:
     """What a checkpoint holds beside tensors: plain JSON, the same on every rank."""
 
-    step: int  # optimizer steps taken
+    step: Count  # optimizer steps taken
     loader: LoaderState
-    samples: int  # documents seen, over all ranks
+    samples: Count  # documents seen, over all ranks
+
+    @classmethod
+    def from_json(cls, plain: Any) -> TrainState:
+        """As `LoaderState.from_json`."""
+        return TypeAdapter(cls).validate_python(plain)

@@ -196,31 +196,34 @@ class _Evaluated:
 
     model: MultimodalModel
     config: RunConfig
+    spec: Path
     embeddings: Embeddings
     device: torch.device
 
 
 def _evaluate(run: Path, spec: Path | None, split: str) -> _Evaluated:
-    """Retrieval by the newest checkpoint of a run, on the run's own spec if none is given; writes and prints the result."""
+    """Retrieval by the newest checkpoint of a run, on its own held-out spec if none is given; writes and prints the result."""
     import torch
 
     from mmpt.evaluate.zero_shot import evaluate_retrieval, retrieval_table, write_result
     from mmpt.train.checkpoint import load_model
+    from mmpt.train.evaluation import held_out_spec
     from mmpt.train.step import autocast
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config, step = load_model(run, str(device))
-    spec = spec or Path(config.data.spec)
+    spec = spec or held_out_spec(config)
     with autocast(config, device):
         result, embeddings = evaluate_retrieval(model, config, spec, split, device)
     path = write_result(run, result, config, step, spec, split)
     Console().print(retrieval_table(result))
     typer.echo(path)
-    return _Evaluated(model=model, config=config, embeddings=embeddings, device=device)
+    return _Evaluated(model=model, config=config, spec=spec, embeddings=embeddings, device=device)
 
 
 def _report(run: Path) -> None:
     from mmpt.data.corpus import Corpus
+    from mmpt.data.loader import cache_of
     from mmpt.data.spec import load_spec
     from mmpt.evaluate.gallery import gallery
     from mmpt.evaluate.report import write_report
@@ -228,7 +231,7 @@ def _report(run: Path) -> None:
     from mmpt.train.step import autocast
 
     found = _evaluate(run, None, SPLIT)
-    corpus = Corpus.open(load_spec(found.config.data.spec), SPLIT)
+    corpus = Corpus.open(load_spec(found.spec), SPLIT, cache_of(found.config.data))
     with autocast(found.config, found.device):
         examples = gallery(found.model, found.config, corpus, SPLIT, found.embeddings, found.device)
     typer.echo(write_report(run, examples))

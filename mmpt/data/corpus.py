@@ -9,12 +9,13 @@ import contextlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -112,11 +113,21 @@ class Corpus:
         for member, (name, data) in enumerate(sample.fields.items()):
             if member not in media and zlib.crc32(data) != crcs[member]:
                 raise BadMedia("crc", f"{name} has changed since it was indexed")
-        texts, meta = self.layout.content(sample.fields)
+        texts, meta = self._content(sample, int(np.count_nonzero(rows["kind"] == TEXT)))
         remaining = iter(texts)
         files = list(sample.fields.values())
         parts = tuple(_part(row, files, crcs, remaining) for row in rows.tolist())
         return Document(key=sample.key, source=self.name, parts=parts, meta=meta)
+
+    def _content(self, sample: Sample, texts: int) -> tuple[list[str], Mapping[str, Any]]:
+        """Texts and meta. Raises BadMedia where the index tells of another document: sidecars come from strangers too."""
+        try:
+            found, meta = self.layout.content(sample.fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadMedia("json", "it is not the document that was indexed") from error
+        if len(found) != texts:
+            raise BadMedia("json", f"it has {len(found)} texts, and {texts} were indexed")
+        return found, meta
 
     def close(self) -> None:
         self.storage.close()

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from mmpt.config import AugmentConfig, DataConfig, RunConfig
@@ -160,8 +161,12 @@ def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) 
     Raises UserError for a document that is faulty.
     """
     source = make_source(corpus, tokenizer, config)
-    slots = [slot for number in range(len(corpus)) for slot in _slots(source, number)]
-    packs = [[slots[i] for i in pack] for pack in next_fit([slot.tokens for slot in slots], config.data.pack_tokens)]
+    numbers = np.arange(len(corpus))
+    lengths = source.tokens_of(np.zeros_like(numbers), numbers).tolist()
+    placed = [found for number, length in enumerate(lengths) for found in _slots(source, number, length)]
+    slots, tokens, rows = [slot for slot, _ in placed], [slot.tokens for slot, _ in placed], [height for _, height in placed]
+    bins = next_fit(tokens, config.data.pack_tokens, rows, config.data.pack_media)
+    packs = [[slots[i] for i in members] for members in bins]
     reader = Reader([source], config, AugmentConfig())
     cursor = PlanCursor(window=0, pack=0, sources={})
     for start in range(0, len(packs), config.data.packs_per_batch):
@@ -173,13 +178,16 @@ def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) 
         yield batch
 
 
-def _slots(source: Source, document: int) -> list[Slot]:
-    """A document, whole or in pieces; nothing for one that the index knows as faulty."""
-    tokens = int(source.lengths[document])
-    if source.is_split(document, tokens):
-        pieces = enumerate(source.pieces(document, 0))
-        return [Slot(source=0, document=document, epoch=0, piece=piece, tokens=length) for piece, (length, _) in pieces]
-    return [Slot(source=0, document=document, epoch=0, piece=0, tokens=tokens)] if tokens else []
+def _slots(source: Source, document: int, tokens: int) -> list[tuple[Slot, int]]:
+    """A document, whole or in pieces, each with its media rows; nothing for one that the index knows as faulty."""
+    if not tokens:
+        return []
+    whole = [(tokens, int(source.media_rows[document]))]
+    pieces = source.pieces(document, 0) if source.is_split(document, tokens) else whole
+    return [
+        (Slot(source=0, document=document, epoch=0, piece=piece, tokens=length), rows)
+        for piece, (length, rows) in enumerate(pieces)
+    ]
 
 
 def _fingerprint(sources: list[Source], tokenizer: Tokenizer, data: DataConfig, unit: str) -> dict[str, str]:
@@ -195,7 +203,9 @@ def _fingerprint(sources: list[Source], tokenizer: Tokenizer, data: DataConfig, 
 
 def refuse_changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises UserError naming what changed; sources may be added."""
-    changed = [f"{name} was {then[name]}, is {now.get(name, 'gone')}" for name in then if then[name] != now.get(name)]
+    added = {name for name in now if name.startswith("source ")} - set(then)
+    names = [name for name in {**then, **now} if name not in added and then.get(name) != now.get(name)]
+    changed = [f"{name} was {then.get(name, 'not there')}, is {now.get(name, 'gone')}" for name in names]
     if changed:
         raise UserError(
             f"the run cannot go on, its data changed: {'; '.join(changed)}; change it back, or start under another name"

@@ -5,6 +5,7 @@ token counts [, media counts] --best_fit_decreasing or next_fit--> positions of 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -44,15 +45,19 @@ def best_fit_decreasing(
     return bins
 
 
-def next_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Positions of `lengths` in bins of `capacity`, in order: a bin ends before the first that it cannot hold."""
+def next_fit(
+    lengths: Sequence[int], capacity: int, media: Sequence[int] | None = None, media_capacity: int | None = None
+) -> list[list[int]]:
+    """The same in order: a bin ends before the first that it cannot hold."""
     bins: list[list[int]] = []
-    space = -1
-    for position, length in enumerate(lengths):
+    space = room = -1.0
+    most = math.inf if media_capacity is None else media_capacity
+    for position, (length, items) in enumerate(zip(lengths, media or [0] * len(lengths), strict=True)):
         assert length <= capacity, f"length {length} at {position} is over the capacity {capacity}"
-        if length > space:
+        assert items <= most, f"media {items} at {position} is over the capacity {media_capacity}"
+        if length > space or items > room:
             bins.append([])
-            space = capacity
+            space, room = capacity, most
         bins[-1].append(position)
-        space -= length
+        space, room = space - length, room - items
     return bins

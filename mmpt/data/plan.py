@@ -176,7 +176,8 @@ class Plan:
             if not draws.slots:
                 return self.mixture.finish(sources)
             packs = self._packs(draws, window)
-            assert not pack or pack < len(packs), f"window {window} has {len(packs)} packs, no number {pack}"
+            if not 0 <= pack < max(len(packs), 1):
+                raise UserError(f"state: window {window} has {len(packs)} packs and no number {pack}; go on from another checkpoint")
             following = PlanCursor(window=window + 1, pack=0, sources=draws.after)
             for number in range(pack, len(packs)):
                 last = number + 1 == len(packs)

@@ -75,8 +75,14 @@ class Source:
     def draw(self, positions: Int[np.ndarray, " n"]) -> Drawn:
         """What stands at these positions of the stream, and what it costs."""
         epochs, documents = self.order(positions)
-        tokens = np.where(self.is_reversed(epochs, documents), self.reversed_lengths[documents], self.lengths[documents])
-        return Drawn(epochs, documents, tokens.astype(np.int64), self.media_rows[documents].astype(np.int64))
+        return Drawn(epochs, documents, self.tokens_of(epochs, documents), self.media_rows[documents].astype(np.int64))
+
+    def tokens_of(self, epochs: Int[np.ndarray, " n"], documents: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Of whole documents, in the orders that their templates have in these epochs."""
+        if not self.reversed_share:
+            return self.lengths[documents].astype(np.int64)
+        lengths = np.where(self.is_reversed(epochs, documents), self.reversed_lengths[documents], self.lengths[documents])
+        return lengths.astype(np.int64)
 
     def is_reversed(self, epochs: Int[np.ndarray, " n"], documents: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which template of a pair is drawn: a function of seed, source, epoch and document."""
@@ -115,9 +121,8 @@ class Source:
     def read(self, slot: Slot) -> Reading:
         """What stands in a slot. Raises BadMedia for a document that cannot be read, or is not what was planned."""
         _, slots, _ = self._parts(slot.document)
-        reverse = bool(self.reversed_share) and bool(self.is_reversed(np.array([slot.epoch]), np.array([slot.document]))[0])
-        length = int((self.reversed_lengths if reverse else self.lengths)[slot.document])
-        if self.is_split(slot.document, length):
+        place = np.array([slot.epoch]), np.array([slot.document])
+        if self.is_split(slot.document, int(self.tokens_of(*place)[0])):
             document, ids = self._recent.get(slot.document, lambda: (self.corpus.document(slot.document), {}))
             piece = self._runs(slot.document)[slot.piece]
             for run in piece:
@@ -127,7 +132,7 @@ class Source:
             shown = {run.part for run in piece}
         else:
             document = self.corpus.document(slot.document)
-            segments = tokenize(document.parts, slots, self.tokenizer, reverse)
+            segments = tokenize(document.parts, slots, self.tokenizer, reverse=bool(self.is_reversed(*place)[0]))
             shown = set(range(len(slots)))
         made = sum(len(segment.tokens) for segment in segments)
         if made != slot.tokens:

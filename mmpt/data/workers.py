@@ -97,7 +97,10 @@ class Workers(Generic[Request, Result]):
             return
         if self._busy:
             raise RuntimeError("the workers are still busy with another walk; end that one first")
-        self._busy, source, waiting = True, iter(requests), deque[_Waiting]()
+        if not self.close.alive:
+            raise RuntimeError("the workers are closed")
+        faults: list[Exception] = []
+        self._busy, source, waiting = True, _until_fault(requests, faults), deque[_Waiting]()
         try:
             for worker in list(range(len(self._pipes))) * self._ahead:
                 self._send(worker, source, waiting)
@@ -107,6 +110,8 @@ class Workers(Generic[Request, Result]):
                 self._send(first.worker, source, waiting)
                 yield result
                 del result  # its slot is free as soon as the caller lets go of it
+            for fault in faults:  # after the results of all requests before it, however many workers there are
+                raise fault
         finally:
             for left in waiting:
                 self._discard(left)
@@ -143,6 +148,9 @@ class Workers(Generic[Request, Result]):
             return answer
         except (EOFError, OSError) as error:
             raise self._ended(sent.worker) from error
+        except BaseException:  # Ctrl-C: nobody knows how much of the answer was read
+            self.close()
+            raise
 
     def _ended(self, worker: int) -> RuntimeError:
         self._processes[worker].join(timeout=5)
@@ -157,6 +165,14 @@ class Workers(Generic[Request, Result]):
             return  # the worker has ended, and its slot with it
         if sent.slot is not None:
             self._free.append(sent.slot)
+
+
+def _until_fault(requests: Iterable[Request], faults: list[Exception]) -> Iterator[Request]:
+    """The requests as far as there are any; what ended them early is put into `faults`."""
+    try:
+        yield from requests
+    except Exception as error:
+        faults.append(error)
 
 
 def _shared(size: int) -> UInt8[Tensor, " bytes"]:

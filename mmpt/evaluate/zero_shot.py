@@ -15,8 +15,8 @@ from torch import nn
 
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
-from mmpt.data.loader import sequential_batches
-from mmpt.data.spec import load_spec
+from mmpt.data.loader import TRAIN, cache_of, sequential_batches
+from mmpt.data.spec import DataSpec, load_mixture, load_spec
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import Embeddings, embed
 from mmpt.evaluate.retrieval import KS, PROTOCOL, Direction, RetrievalResult, retrieval
@@ -30,7 +30,7 @@ def evaluate_retrieval(
 
     Precision is the caller's (autocast) for the model; scores are fp32. Raises UserError for a split that cannot be ranked.
     """
-    corpus = Corpus.open(load_spec(spec), split)
+    corpus = Corpus.open(load_spec(spec), split, cache_of(config.data))
     batches = sequential_batches(corpus, Tokenizer.load(config.data.tokenizer), config)
     try:
         embeddings = embed(model, batches, device)
@@ -41,7 +41,7 @@ def evaluate_retrieval(
 
 def write_result(run: Path, result: RetrievalResult, config: RunConfig, step: int, spec: str | Path, split: str) -> Path:
     """Write runs/NAME/eval/retrieval-<spec name>-<split>.json: figures, protocol, checkpoint and both data sets."""
-    evaluated_on = _describe(spec, split)
+    evaluated_on = _describe(load_spec(spec), split, config)
     tree = {
         "kind": "retrieval",
         **result.to_json(),
@@ -56,17 +56,20 @@ def write_result(run: Path, result: RetrievalResult, config: RunConfig, step: in
     return path
 
 
-def _describe(spec: str | Path, split: str) -> dict[str, Any]:
-    corpus = Corpus.open(load_spec(spec), split)
+def _describe(spec: DataSpec, split: str, config: RunConfig) -> dict[str, Any]:
+    corpus = Corpus.open(spec, split, cache_of(config.data))
     return {"name": corpus.name, "split": split, "documents": len(corpus), "fingerprint": corpus.fingerprint}
 
 
 def _trained_on(config: RunConfig) -> dict[str, Any]:
     """The training data as the config names it; what only the shards know is left out where they are gone."""
+    trained: dict[str, Any] = {"spec": config.data.spec, "split": TRAIN}
     try:
-        return {"spec": config.data.spec, **_describe(config.data.spec, "train")}
+        mixture = load_mixture(config.data.spec)
+        sources = [_describe(spec, TRAIN, config) for spec in mixture.specs()]
     except UserError:
-        return {"spec": config.data.spec, "split": "train"}
+        return trained
+    return trained | (sources[0] if len(sources) == 1 else {"name": mixture.name, "sources": sources})
 
 
 def retrieval_table(result: RetrievalResult, item: str = "picture") -> Table:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from mmpt.config import RunConfig, load
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.parallel.mesh import World
-from mmpt.types import LoaderState, TrainState, UserError
+from mmpt.types import TrainState, UserError
 
 ALLOWED_IN_METADATA = {
     "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
@@ -160,10 +160,11 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
     try:
         plain = json.loads((checkpoint / "state.json").read_text())
         config = plain.pop("config")
-        return TrainState(**{**plain, "loader": LoaderState.from_json(plain["loader"])}), config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return TrainState.from_json(plain), config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint {checkpoint}: state.json does not read ({error}); remove this folder to go on from the one before"
+            f"checkpoint {checkpoint}: state.json does not read ({reason}); remove this folder to go on from the one before"
         ) from error
 
 

@@ -1,15 +1,16 @@
-"""Evaluation in the loop: next-token loss and retrieval on the held-out split, where the spec has one named `val`."""
+"""Evaluation in the loop: next-token loss and retrieval on the held-out splits, of those specs that have one named `val`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
-from mmpt.data.loader import sequential_batches
-from mmpt.data.spec import load_spec
+from mmpt.data.loader import cache_of, sequential_batches
+from mmpt.data.spec import load_mixture
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import embed, evaluating
 from mmpt.evaluate.retrieval import retrieval
@@ -18,20 +19,36 @@ from mmpt.objectives.contrastive import pair_slots
 from mmpt.objectives.next_token import next_token_loss
 from mmpt.parallel.mesh import World
 from mmpt.train.step import autocast
-from mmpt.types import IGNORE, PackedBatch
+from mmpt.types import IGNORE, PackedBatch, UserError
 
 SPLIT = "val"
 
 
 def evaluate(model: MultimodalModel, config: RunConfig, world: World) -> dict[str, float]:
-    """Figures of the held-out split by name; empty where the spec has none, without retrieval where it holds no pair.
+    """Figures of the held-out splits by name; empty where no spec has one, without retrieval where it holds no pair.
 
-    Every rank runs the whole split: the forward pass is a collective, and the split is small beside a run.
+    Where several specs of a mixture have one, the names say whose. Every rank runs all of it: the forward pass is a collective,
+    and these splits are small beside a run.
     """
-    spec = load_spec(config.data.spec)
-    if SPLIT not in spec.split:
-        return {}
-    corpus, tokenizer = Corpus.open(spec, SPLIT), Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    specs = [spec for spec in load_mixture(config.data.spec).specs() if SPLIT in spec.split]
+    figures: dict[str, float] = {}
+    for spec in specs:
+        corpus = Corpus.open(spec, SPLIT, cache_of(config.data))
+        of = f"{spec.name}/" if len(specs) > 1 else ""
+        figures |= {of + name: value for name, value in _evaluate(model, corpus, tokenizer, config, world).items()}
+    return figures
+
+
+def held_out_spec(config: RunConfig) -> Path:
+    """The first spec of the run's mixture that has a held-out split. Raises UserError where none has."""
+    for spec in load_mixture(config.data.spec).specs():
+        if SPLIT in spec.split:
+            return spec.path
+    raise UserError(f"data.spec = {config.data.spec}: no split {SPLIT!r} in it; name one with --spec and --split")
+
+
+def _evaluate(model: MultimodalModel, corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, world: World) -> dict[str, float]:
     batches = list(sequential_batches(corpus, tokenizer, config))
     with autocast(config, world.device):
         figures = {"val/next_token": validation_loss(model, batches, world)}

@@ -89,8 +89,8 @@ def _steps(
         if state.step % t.checkpoint_every == 0 and state.step < t.steps:
             checkpoint.save(run, model, optimizer, state, config, world)
     if state.step > first:
+        checkpoint.save(run, model, optimizer, state, config, world)  # first: a faulty held-out split must not cost the run
         report_scores(evaluate(model, config, world), state.step, log, ticker)
-        checkpoint.save(run, model, optimizer, state, config, world)
     if log:
         log.close()
 

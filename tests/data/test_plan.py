@@ -328,7 +328,7 @@ def test_a_source_taken_out_is_refused():
 
 def test_a_cursor_beyond_its_window_is_refused():
     sources = [Listed("a", [(4, 0)])]
-    with pytest.raises(AssertionError, match="window 0 has 1 packs, no number 5"):
+    with pytest.raises(UserError, match="window 0 has 1 packs and no number 5"):
         next(plan(sources).walk(replace(plan(sources).begin(), pack=5)))
 
 
