@@ -23,6 +23,7 @@ from mmpt.types import UserError
 
 MAX_BYTES = 1 << 17  # of a config file; the shipped ones have some two thousand
 MAX_LINES = 20  # of mistakes told at once
+MAX_DIGITS = 40  # of a whole number
 KEY = re.compile(r"\w+(\.\w+)*")  # of an override
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -279,6 +280,14 @@ class PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"alias *{event.anchor} in line {event.start_mark.line + 1}: write the value out")
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """No number here is so long; one of thousands of digits cannot even be shown."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(
+                f"a number of {len(node.value)} characters in line {node.start_mark.line + 1}: write a shorter one"
+            )
+        return super().construct_yaml_int(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -286,6 +295,9 @@ class PlainLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"key {key.value!r} in line {key.start_mark.line + 1} stands there twice: remove one")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_yaml_int)
 
 
 def _read(path: Path, where: str) -> dict:

@@ -164,6 +164,8 @@ class Fault:
     source: str
     shard: str
     key: str
+    epoch: int
+    piece: int  # as in DocumentRef
     part: int  # number within the document, or NOTHING for all of it
     reason: str  # one word, counted: see mmpt.data.faults
     detail: str

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmpt.data.documents import Layout, layout_of
+from mmpt.data.documents import MAX_JSON_BYTES, Layout, layout_of
 from mmpt.data.faults import BadMedia
 from mmpt.data.index import ShardIndex, index_name
 from mmpt.data.spec import IN_PLACE, DataSpec
@@ -29,6 +29,7 @@ from mmpt.data.storage import Storage
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import AUDIO, IMAGE, TEXT, Audio, Document, Image, Part, Sample, Text, UserError, Video
 
+MAX_TOKENS_A_BYTE = 4  # a tokenizer may write out some characters first; a byte-level one makes 1 at most
 Progress = Callable[[int, int], None]
 """Told how many shards are done, and how many there are."""
 
@@ -210,8 +211,10 @@ def _shard_counts(corpus: Corpus, tokenizer: Tokenizer, shard: int) -> Int[np.nd
     path = corpus.storage.aside(name, f"{name}.tokens-{tokenizer.fingerprint}.npz")
     found = _load_counts(path, index)
     if found is None:
-        found = _count_tokens(corpus, tokenizer, shard)
+        found, is_whole = _count_tokens(corpus, tokenizer, shard)
         with contextlib.suppress(OSError):
+            if not is_whole:
+                return found
             aside = path.with_name(f"{path.name}.{os.getpid()}.part")
             with aside.open("wb") as file:
                 np.savez(file, counts=found, index=np.array(index.fingerprint.encode()))
@@ -230,16 +233,22 @@ def _load_counts(path: Path, index: ShardIndex) -> Int[np.ndarray, " parts"] | N
     except Exception:  # as in ShardIndex.load
         return None
     sound = counts.dtype == np.int64 and counts.shape == index.parts.shape and (counts >= 0).all()
-    return counts if sound and of == index.fingerprint.encode() else None
+    if not sound or of != index.fingerprint.encode() or counts[index.parts["kind"] != TEXT].any():
+        return None
+    return counts if counts.max(initial=0) <= MAX_TOKENS_A_BYTE * MAX_JSON_BYTES else None
 
 
-def _count_tokens(corpus: Corpus, tokenizer: Tokenizer, shard: int) -> Int[np.ndarray, " parts"]:
+def _count_tokens(corpus: Corpus, tokenizer: Tokenizer, shard: int) -> tuple[Int[np.ndarray, " parts"], bool]:
+    """And whether every text could be read: one that has changed since it was indexed counts 0, and is found out later."""
     index, start = corpus.shards[shard], int(corpus.starts[shard])
-    counts = np.zeros(len(index.parts), dtype=np.int64)
+    counts, is_whole = np.zeros(len(index.parts), dtype=np.int64), True
     for local in np.flatnonzero(np.diff(index.first_part)).tolist():
         rows = slice(index.first_part[local], index.first_part[local + 1])
         if (index.parts["kind"][rows] == TEXT).any():
-            with contextlib.suppress(BadMedia):  # changed since it was indexed: it is found out, and counted, when it is read
+            try:
                 parts = corpus.document(start + local).parts
-                counts[rows] = [len(tokenizer.encode(part.text)) if isinstance(part, Text) else 0 for part in parts]
-    return counts
+            except BadMedia:
+                is_whole = False
+                continue
+            counts[rows] = [len(tokenizer.encode(part.text)) if isinstance(part, Text) else 0 for part in parts]
+    return counts, is_whole

@@ -24,7 +24,7 @@ from mmpt.data.budget import Budget
 from mmpt.data.corpus import Corpus
 from mmpt.data.mixture import Slot
 from mmpt.data.packing import next_fit
-from mmpt.data.plan import Plan
+from mmpt.data.plan import VERSION, Plan
 from mmpt.data.quarantine import Quarantine, index_faults, refuse_too_many
 from mmpt.data.reader import Reader, Request
 from mmpt.data.source import Source
@@ -194,16 +194,18 @@ def _fingerprint(sources: list[Source], tokenizer: Tokenizer, data: DataConfig, 
     """Everything that the plan's packs depend on, but for the weights of the mixture."""
     settings = ("pack_tokens", "pack_media", "packs_per_batch", "window", "seed")
     return {
+        "plan": VERSION,
         "tokenizer": tokenizer.fingerprint,
         "mixture.unit": unit,
         **{f"data.{name}": str(getattr(data, name)) for name in settings},
-        **{f"source {source.name}": source.fingerprint for source in sources},
+        **{name: value for source in sources for name, value in source.fingerprint.items()},
     }
 
 
 def refuse_changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises UserError naming what changed; sources may be added."""
-    added = {name for name in now if name.startswith("source ")} - set(then)
+    known = {name.split()[1] for name in then if name.startswith("source ")}
+    added = {name for name in now if name.startswith("source ") and name.split()[1] not in known}
     names = [name for name in {**then, **now} if name not in added and then.get(name) != now.get(name)]
     changed = [f"{name} was {then.get(name, 'not there')}, is {now.get(name, 'gone')}" for name in names]
     if changed:

@@ -113,7 +113,7 @@ class Mixture:
             if cursor and cursor.weight > 0 and cursor.position >= stream.limit and stream.source.on_exhausted == "fail":
                 raise UserError(
                     f"source {stream.name}: exhausted after max_epochs = {stream.source.max_epochs:g}, and on_exhausted is "
-                    "'fail'; raise max_epochs, lower its weight, or choose renormalise or stop"
+                    "'fail'; give it weight 0 to go on with the others"
                 )
 
     def _open(self, lanes: list[_Lane]) -> list[_Lane]:

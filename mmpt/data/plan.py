@@ -21,6 +21,9 @@ from mmpt.data.mixture import Draws, Mixture, PlanSource, Slot
 from mmpt.data.packing import best_fit_decreasing
 from mmpt.types import PlanCursor, SourceCursor, UserError
 
+VERSION = "1"
+"""Of the order of documents and packs: a state of another version stands elsewhere."""
+
 _ROUNDS = 8  # four are pseudorandom on large domains (Luby and Rackoff, 1988), but uneven on a handful of packs
 
 

@@ -33,10 +33,10 @@ class Quarantine:
 
     def admit(self, batch: PackedBatch) -> None:
         """Take note of a batch. Raises UserError where a source's policy says that the run ends."""
-        faults = {(fault.source, fault.key): fault for fault in reversed(batch.report.faults)}
-        for ref in batch.provenance:
+        faults = {(f.source, f.key, f.epoch, f.piece): f for f in reversed(batch.report.faults)}
+        for ref in batch.provenance:  # a document, or a piece of one, counts as one
             self.seen[ref.source] += 1
-            fault = faults.get((ref.source, ref.key))
+            fault = faults.get((ref.source, ref.key, ref.epoch, ref.piece))
             self.row = [*self.row, fault] if fault else []
             if fault:
                 self.bad.setdefault(ref.source, []).append(fault)
@@ -74,6 +74,8 @@ def index_faults(corpus: Corpus) -> list[Fault]:
             source=corpus.name,
             shard=name,
             key=index.keys[i].decode(),
+            epoch=0,
+            piece=0,
             part=NOTHING,
             reason=index.reasons[i].decode(),
             detail=index.details[i].decode(errors="replace"),

@@ -133,4 +133,13 @@ class Reader:
 
 def _fault(source: Source, slot: Slot, key: str, part: int, error: BadMedia) -> Fault:
     shard = source.corpus.names[source.corpus.shard_of(slot.document)]
-    return Fault(source=source.name, shard=shard, key=key, part=part, reason=error.reason, detail=str(error))
+    return Fault(
+        source=source.name,
+        shard=shard,
+        key=key,
+        epoch=slot.epoch,
+        piece=slot.piece,
+        part=part,
+        reason=error.reason,
+        detail=str(error),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,6 +24,10 @@ from mmpt.data.segments import Run, document_lengths, piece_cost, split, tokeniz
 from mmpt.data.spec import MixturePart
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import TEXT, Document, Part, Text, TokenizedDocument, UserError
+
+
+MAX_COST = 2**27
+"""Tokens, or media rows, of one document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +57,20 @@ class Source:
         self.reversed_share = _reversed_share(corpus)
         self.reversed_lengths = self._lengths(reverse=True) if self.reversed_share else self.lengths
         sums = np.concatenate([[0], np.cumsum(self.rows, dtype=np.int64)])
-        self.media_rows = np.diff(sums[corpus.first_part]).astype(np.int32)
+        self.media_rows = self._bounded(np.diff(sums[corpus.first_part]))
         self._recent = _Recent(8)
         if not self.lengths.any():
             raise UserError(f"source {self.name}: none of its {self.size} documents can be used; see `mmpt data validate`")
 
     def _lengths(self, reverse: bool) -> Int[np.ndarray, " documents"]:
-        return document_lengths(self.is_text, self.tokens.astype(np.int64), self.corpus.first_part, reverse).astype(np.int32)
+        return self._bounded(document_lengths(self.is_text, self.tokens.astype(np.int64), self.corpus.first_part, reverse))
+
+    def _bounded(self, costs: Int[np.ndarray, " documents"]) -> Int[np.ndarray, " documents"]:
+        """In half the memory. A document may show one clip a hundred thousand times."""
+        if (largest := int(costs.max(initial=0))) > MAX_COST:
+            key = self.corpus.key(int(costs.argmax()))
+            raise UserError(f"source {self.name}: document {key} takes {largest:,} tokens or media rows; split it, or take it out")
+        return costs.astype(np.int32)
 
     def _refuse_large_media(self) -> None:
         for name, costs, most in (
@@ -145,10 +157,18 @@ class Source:
         return Reading(key=document.key, seed=self.seed_of(document.key, slot.epoch), segments=segments, media=media)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of everything that decides what stands where in the source's stream."""
-        settings = (self.reversed_share, self.corpus.spec.shards.shuffled_together, self.max_epochs, self.on_exhausted)
-        return f"{self.corpus.fingerprint} {keyed_hash(self.budget.signature, repr(settings)):x}"
+    def fingerprint(self) -> dict[str, str]:
+        """Everything that decides what stands where in the source's stream, by name."""
+        parts = {
+            "": self.corpus.fingerprint,
+            " text tokens": blake2b(self.tokens, digest_size=8).hexdigest(),
+            " limits and sizes": self.budget.signature,
+            " templates": f"{self.reversed_share:.6g}",
+            " shards.block": str(self.corpus.spec.shards.shuffled_together),
+            " max_epochs": str(self.max_epochs),
+            " on_exhausted": self.on_exhausted,
+        }
+        return {f"source {self.name}{name}": value for name, value in parts.items()}
 
 
 class _Recent:

@@ -59,7 +59,7 @@ class ShardsSpec(Section):
     root: str = Field(description="folder of the shards, relative to the spec's own folder, or s3://, gs://, az://, https://")
     pattern: str = Field(description="file name below root, with one number range: name-{00000..00041}.tar")
     media: str = Field("", description="folder below root of the files that mmc4, obelics, llava and csv name")
-    block: Annotated[int, Field(ge=0)] | None = Field(
+    block: Annotated[int, Field(ge=0, le=MAX_SHARDS)] | None = Field(
         None, description="shards that are shuffled together; 0: all of them; by default all, 16 where root is remote"
     )
 
@@ -93,6 +93,12 @@ class ShardsSpec(Section):
         """Shards whose documents are shuffled among one another; 0 for all."""
         return self.block if self.block is not None else 16 if self.is_remote else 0
 
+    @property
+    def count(self) -> int:
+        """How many file names the pattern stands for."""
+        found = RANGE.search(self.pattern)
+        return int(found[2]) - int(found[1]) + 1 if found else 1
+
     def names(self) -> list[str]:
         """The pattern's file names, in its order."""
         found = RANGE.search(self.pattern)
@@ -118,8 +124,8 @@ class Template(Section):
 
 
 class ImageLimits(Section):
-    max_pixels: Annotated[int, Field(gt=0)] = Field(602_112, description="a larger picture is scaled down to so many")
-    min_side: Annotated[int, Field(ge=1)] = Field(1, description="a picture with a shorter side is left out of its document")
+    max_pixels: Annotated[int, Field(gt=0, lt=2**31)] = Field(602_112, description="a larger picture is scaled down to so many")
+    min_side: Annotated[int, Field(ge=1, lt=2**31)] = Field(1, description="a picture with a shorter side is left out of its document")
 
 
 class AudioLimits(Section):
@@ -165,7 +171,7 @@ class DataSpec(Section):
             if not found:
                 raise ValueError(f'{name}: {text!r} is not a range of shards; write "0:40", "40:" or ":", quoted')
             if "shards" in info.data:  # else they have a mistake of their own
-                shards = len(info.data["shards"].names())
+                shards = info.data["shards"].count
                 start, stop = int(found[1] or 0), int(found[2] or shards)
                 if not start < stop <= shards:
                     raise ValueError(

@@ -97,7 +97,7 @@ def test_an_evaluation_names_the_faulty_document(four_data: Path, tiny_config: R
 
 
 def fault(number: int, source: str = "s") -> Fault:
-    return Fault(source=source, shard="a.tar", key=f"k{number}", part=0, reason="decode", detail="broken")
+    return Fault(source=source, shard="a.tar", key=f"k{number}", epoch=0, piece=0, part=0, reason="decode", detail="broken")
 
 
 @pytest.mark.parametrize(("bad", "seen", "stops"), [(9, 10, False), (10, 999, True), (10, 1000, False), (11, 1000, True)])
@@ -115,7 +115,7 @@ def test_too_large_a_share_ends_the_run(bad: int, seen: int, stops: bool):
 def test_many_faults_in_a_row_end_the_run(four_data: Path, tiny_config: RunConfig):
     (batch,) = load(config_of(tiny_config, four_data / "four.yaml"), 1)
     def with_faults(count: int) -> PackedBatch:
-        refs = tuple(replace(batch.provenance[0], source="s", key=f"k{number}") for number in range(count))
+        refs = tuple(replace(batch.provenance[0], source="s", key=f"k{number}", epoch=0, piece=0) for number in range(count))
         return replace(batch, provenance=refs, report=replace(batch.report, faults=tuple(fault(n) for n in range(count))))
 
     lenient = {"s": OnBad(max_fraction=1.0)}
