@@ -171,7 +171,9 @@ class DataConfig(Section):
     window: Positive = Field(256, description="documents packed together, best fit first")
     workers: Annotated[int, Field(ge=0)] = Field(1, description="loader processes per rank; 0 reads in the training process")
     prefetch: Positive = Field(4, description="batches that each worker keeps ready, fewer where prefetch_mib holds fewer")
-    prefetch_mib: Positive = Field(2048, description="memory of a rank that batches made ahead may take, MiB")
+    prefetch_mib: Positive = Field(
+        2048, description="memory of a rank that batches made ahead may take, beside those in use, MiB"
+    )
     cache: str = Field("~/.cache/mmpt", description="folder of the copies of remote shards")
     cache_gib: Annotated[float, Field(gt=0)] = Field(64.0, description="the most that those copies take, GiB")
     seed: Seed = 0

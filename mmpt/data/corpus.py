@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from mmpt.data.documents import MAX_JSON_BYTES, Layout, layout_of
+from mmpt.data.documents import Layout, layout_of
 from mmpt.data.faults import BadMedia
-from mmpt.data.index import ShardIndex, index_name
+from mmpt.data.index import ShardIndex, index_name, write_arrays
 from mmpt.data.spec import IN_PLACE, DataSpec
 from mmpt.data.cache import Cache
 from mmpt.data.storage import Storage
@@ -213,12 +213,8 @@ def _shard_counts(corpus: Corpus, tokenizer: Tokenizer, shard: int) -> Int[np.nd
     if found is None:
         found, is_whole = _count_tokens(corpus, tokenizer, shard)
         with contextlib.suppress(OSError):
-            if not is_whole:
-                return found
-            aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-            with aside.open("wb") as file:
-                np.savez(file, counts=found, index=np.array(index.fingerprint.encode()))
-            aside.rename(path)
+            if is_whole:
+                write_arrays(path, counts=found, index=np.array(index.fingerprint.encode()))
     return found
 
 
@@ -235,7 +231,9 @@ def _load_counts(path: Path, index: ShardIndex) -> Int[np.ndarray, " parts"] | N
     sound = counts.dtype == np.int64 and counts.shape == index.parts.shape and (counts >= 0).all()
     if not sound or of != index.fingerprint.encode() or counts[index.parts["kind"] != TEXT].any():
         return None
-    return counts if counts.max(initial=0) <= MAX_TOKENS_A_BYTE * MAX_JSON_BYTES else None
+    tokens, size = (np.concatenate([[0], np.cumsum(each)]) for each in (counts, index.sizes))
+    bound = MAX_TOKENS_A_BYTE * np.diff(size[index.first_member])
+    return counts if (np.diff(tokens[index.first_part]) <= bound).all() else None
 
 
 def _count_tokens(corpus: Corpus, tokenizer: Tokenizer, shard: int) -> tuple[Int[np.ndarray, " parts"], bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,13 +19,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from mmpt.data.documents import Entry, Layout, check_entries
+from mmpt.data.documents import MAX_PARTS, Entry, Layout, check_entries
 from mmpt.data.faults import REASONS, BadMedia
 from mmpt.data.names import KEY, SUFFIX, all_match
 from mmpt.data.tars import BLOCK, MAX_MEMBER_BYTES, read_members
 from mmpt.types import AUDIO, TEXT, VIDEO, UserError
 
 FORMAT = 2
+MAX_SAMPLE_BYTES = 1 << 31  # which are in memory at once
 
 PART = np.dtype(
     [
@@ -76,6 +78,10 @@ class ShardIndex:
                 if member.key != table.key:
                     table.finish(layout)
                     table.key = member.key
+                if (table.size + member.size) > MAX_SAMPLE_BYTES or len(table.files) > MAX_PARTS:
+                    raise UserError(
+                        f"shard {tar}: sample {member.key} has over {MAX_SAMPLE_BYTES:,} bytes or {MAX_PARTS:,} members; split it"
+                    )
                 data = os.pread(file.fileno(), member.size, member.offset)
                 if len(data) != member.size:
                     raise UserError(f"shard {tar}: cut short within member {member.key}.{member.suffix}; copy it again")
@@ -102,13 +108,7 @@ class ShardIndex:
         return None
 
     def save(self, path: Path) -> None:
-        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with aside.open("wb") as file:
-                np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
-            aside.rename(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_arrays(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex | None:
@@ -143,13 +143,18 @@ class ShardIndex:
             and _are_edges(self.first_part, len(self.keys), len(self.parts), least=0)
             and ((self.sizes >= 0) & (self.sizes <= MAX_MEMBER_BYTES)).all()
             and ((self.offsets >= BLOCK) & (self.offsets <= self.tar_size - self.sizes)).all()
-            and (np.diff(self.offsets) > 0).all()
+            and (self.offsets[1:] >= self.offsets[:-1] + self.sizes[:-1] + BLOCK).all()
+            and self._samples_are_small()
             and all_match(KEY, self.keys)
             and all_match(SUFFIX, np.unique(self.suffixes))
             and set(np.unique(self.reasons).tolist()) <= {b"", *(reason.encode() for reason in REASONS)}
             and self._parts_are_sound()
             and self._fault() is None
         )
+
+    def _samples_are_small(self) -> bool:
+        first, last = self.first_member[:-1], self.first_member[1:] - 1
+        return bool((self.offsets[last] + self.sizes[last] - self.offsets[first] <= 2 * MAX_SAMPLE_BYTES).all())
 
     def _parts_are_sound(self) -> bool:
         parts = self.parts
@@ -196,6 +201,17 @@ class ShardIndex:
         return len(self.keys)
 
 
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an npz so that it is there whole or as it was, whoever else writes it."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with aside.open("wb") as file:
+            np.savez(file, **arrays)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _are_edges(edges: np.ndarray, spans: int, total: int, least: int) -> bool:
     """Whether `edges` cut range(total) into `spans` neighbours of at least `least`."""
     return bool(len(edges) == spans + 1 and edges[0] == 0 and edges[-1] == total and (np.diff(edges) >= least).all())
@@ -217,6 +233,11 @@ class _Table:
     def add(self, suffix: str, offset: int, data: bytes) -> None:
         self.members.append((suffix, offset, len(data), zlib.crc32(data)))
         self.files[suffix] = data
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sample in hand."""
+        return sum(map(len, self.files.values()))
 
     def finish(self, layout: Layout) -> None:
         """The members of a sample are all there."""

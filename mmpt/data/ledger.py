@@ -64,8 +64,9 @@ def chase(config: RunConfig, seed: int = 0, tell: Callable[[Layout, int, int], N
 
     The state goes through JSON, as in a checkpoint. `tell` hears each layout, its first step and its last.
     """
-    packs = math.lcm(*WORLD_SIZES, config.data.packs_per_batch)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"packs_per_batch": packs})})
+    settings = {"prefetch": 1, "prefetch_mib": 2**20}  # one rank alone has more in its batches than it may have in the run
+    settings["packs_per_batch"] = math.lcm(*WORLD_SIZES, config.data.packs_per_batch)
+    config = config.model_copy(update={"data": config.data.model_copy(update=settings)})
     chance = random.Random(seed)
     layouts = [Layout(world_size, workers) for world_size in WORLD_SIZES for workers in WORKERS]
     chance.shuffle(layouts)

@@ -81,8 +81,8 @@ class Loader:
         self.meter = Meter(share * data.pack_tokens)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        # The caller keeps a batch while it asks for the next.
-        held = self.config.train.accumulate + 1
+        # The caller keeps the batches of a step while it asks for those of the next.
+        held = 2 * self.config.train.accumulate + 1
         workers = Workers(self._reader, self.config.data.workers, self.prefetch, held, self.batch_bytes)
         batches = workers.map(self._requests)
         try:
@@ -146,7 +146,8 @@ def make_source(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, part: M
     """A corpus as a run sees it. Raises UserError as `open_sources` does."""
     if len(tokenizer) > config.model.vocabulary:
         raise UserError(f"model.vocabulary = {config.model.vocabulary}: the tokenizer has {len(tokenizer)} tokens; raise it")
-    refuse_too_many(corpus.name, index_faults(corpus), len(corpus), corpus.spec.on_bad)
+    faults = index_faults(corpus)
+    refuse_too_many(corpus.name, len(faults), len(corpus), corpus.spec.on_bad, faults)
     part = part or MixturePart(spec=str(corpus.spec.path), weight=1.0)
     return Source(corpus, tokenizer, Budget(config.model, corpus.spec), part, config.data)
 
@@ -158,7 +159,7 @@ def cache_of(data: DataConfig) -> Cache:
 def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> Iterator[PackedBatch]:
     """Every document of `corpus` once, in order, pictures unchanged on white: for evaluation.
 
-    Raises UserError for a document that is faulty.
+    Documents that the index knows as faulty are left out; what turns out faulty is masked, and in the batch's report.
     """
     source = make_source(corpus, tokenizer, config)
     numbers = np.arange(len(corpus))
@@ -172,7 +173,12 @@ def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) 
     for start in range(0, len(packs), config.data.packs_per_batch):
         chosen = packs[start : start + config.data.packs_per_batch]
         state = LoaderState(fingerprint={}, cursor=cursor, packs_consumed=start + len(chosen))
-        batch = reader(Request(packs=chosen, first_pack=start, state=state))
+        yield reader(Request(packs=chosen, first_pack=start, state=state))
+
+
+def refuse_faults(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    """The batches. Raises UserError for the first document that is faulty: figures that are published count all."""
+    for batch in batches:
         for fault in batch.report.faults:
             raise UserError(f"{fault.source}: document {fault.key} of {fault.shard}: {fault.detail}")
         yield batch

@@ -161,7 +161,7 @@ class _Stream:
     def __init__(self, number: int, source: PlanSource):
         self.number, self.source, self.name = number, source, source.name
         epochs = math.inf if source.max_epochs is None else source.max_epochs
-        self.limit = math.floor(min(epochs * source.size, _ENDLESS))
+        self.limit = math.floor(min(epochs * source.size + 1e-9, _ENDLESS))  # 0.29 of 100 is 28.999...
         self.first = 0
         self.slots: list[Slot] = []
         self.tokens: list[int] = []

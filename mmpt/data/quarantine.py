@@ -28,8 +28,9 @@ class Quarantine:
         self.path = folder / f"rank-{rank}.jsonl" if folder else None
         self.counts: Counter[tuple[str, str]] = Counter()  # faults by source and reason
         self.seen: Counter[str] = Counter()  # documents by source
-        self.bad: dict[str, list[Fault]] = {}  # the first fault of each faulty document, by source
-        self.row: list[Fault] = []
+        self.bad: Counter[str] = Counter()  # faulty documents by source
+        self.first: dict[str, list[Fault]] = {}  # of each source, to be named
+        self.row: list[Fault] = []  # of the documents before, one a document, up to the last sound one
 
     def admit(self, batch: PackedBatch) -> None:
         """Take note of a batch. Raises UserError where a source's policy says that the run ends."""
@@ -37,34 +38,36 @@ class Quarantine:
         for ref in batch.provenance:  # a document, or a piece of one, counts as one
             self.seen[ref.source] += 1
             fault = faults.get((ref.source, ref.key, ref.epoch, ref.piece))
-            self.row = [*self.row, fault] if fault else []
-            if fault:
-                self.bad.setdefault(ref.source, []).append(fault)
+            if fault is None:
+                self.row.clear()
+                continue
+            self.bad[ref.source] += 1
+            self.row.append(fault)
+            if len(first := self.first.setdefault(ref.source, [])) < NAMED:
+                first.append(fault)
             if len(self.row) >= IN_A_ROW:
                 raise UserError(f"{IN_A_ROW} faulty documents in a row: {_named(self.row)}; see `mmpt data validate`")
         self.counts.update((fault.source, fault.reason) for fault in batch.report.faults)
         self._write(batch.report.faults)
         for source, bad in self.bad.items():
-            refuse_too_many(source, bad, self.seen[source], self.limits[source])
+            refuse_too_many(source, bad, self.seen[source], self.limits[source], self.first[source])
 
     def _write(self, faults: Iterable[Fault]) -> None:
-        lines = "".join(json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in faults)
+        lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in faults)
         if self.path and lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
 
 
-def refuse_too_many(source: str, bad: Sequence[Fault], seen: int, limits: OnBad) -> None:
-    """Raises UserError where the faulty documents of a source are more than its `on_bad` allows."""
+def refuse_too_many(source: str, bad: int, seen: int, limits: OnBad, first: Sequence[Fault]) -> None:
+    """Raises UserError where `bad` of the `seen` documents of a source are more than its `on_bad` allows; names the `first`."""
     mend = "mend or remove them; `mmpt data validate` lists them all"
     if bad and limits.policy == "stop":
-        raise UserError(f"source {source}: on_bad.policy is stop, and {_named(bad[:1])}; {mend}")
-    if len(bad) >= FEW and len(bad) > limits.max_fraction * seen:
+        raise UserError(f"source {source}: on_bad.policy is stop, and {_named(first[:1])}; {mend}")
+    if bad >= FEW and bad > limits.max_fraction * seen:
         limit = f"more than on_bad.max_fraction = {limits.max_fraction:g}"
-        raise UserError(
-            f"source {source}: {len(bad)} of {seen} documents are faulty, {limit}: {_named(bad)}; {mend}, or raise it"
-        )
+        raise UserError(f"source {source}: {bad} of {seen} documents are faulty, {limit}: {_named(first)}; {mend}, or raise it")
 
 
 def index_faults(corpus: Corpus) -> list[Fault]:
@@ -86,5 +89,4 @@ def index_faults(corpus: Corpus) -> list[Fault]:
 
 
 def _named(faults: Sequence[Fault]) -> str:
-    shown = "; ".join(f"document {fault.key} of {fault.shard}: {fault.detail}" for fault in faults[:NAMED])
-    return shown if len(faults) <= NAMED else f"{shown}; and {len(faults) - NAMED} more"
+    return "; ".join(f"document {fault.key} of {fault.shard}: {fault.detail}" for fault in faults[:NAMED])

@@ -48,8 +48,10 @@ class _Batch:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self.clock[name] += 1000 * (time.perf_counter() - began)
+        try:
+            yield
+        finally:
+            self.clock[name] += 1000 * (time.perf_counter() - began)
 
 
 class Reader:

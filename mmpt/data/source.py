@@ -6,7 +6,7 @@ Corpus, Tokenizer, Budget --Source--> draw, pieces: numbers for the plan, in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from mmpt.data.plan import Order, keyed_hash
 from mmpt.data.segments import Run, document_lengths, piece_cost, split, tokenize, tokenize_piece
 from mmpt.data.spec import MixturePart
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import TEXT, Document, Part, Text, TokenizedDocument, UserError
+from mmpt.types import TEXT, Part, Text, TokenizedDocument, UserError
 
 
 MAX_COST = 2**27
@@ -50,9 +50,9 @@ class Source:
         self.order = Order(corpus.name, np.diff(corpus.starts), data.seed, corpus.spec.shards.shuffled_together)
         self.is_text: Bool[np.ndarray, " parts"] = corpus.parts["kind"] == TEXT
         tokens, rows = budget.media(corpus.parts)
+        self._refuse_large_media(tokens, rows)
         self.tokens = np.where(self.is_text, corpus.token_counts(tokenizer), tokens).astype(np.int32)
         self.rows = rows.astype(np.int32)
-        self._refuse_large_media()
         self.lengths = self._lengths(reverse=False)
         self.reversed_share = _reversed_share(corpus)
         self.reversed_lengths = self._lengths(reverse=True) if self.reversed_share else self.lengths
@@ -72,11 +72,9 @@ class Source:
             raise UserError(f"source {self.name}: document {key} takes {largest:,} tokens or media rows; split it, or take it out")
         return costs.astype(np.int32)
 
-    def _refuse_large_media(self) -> None:
-        for name, costs, most in (
-            ("pack_tokens", np.where(self.is_text, 0, self.tokens), self.data.pack_tokens),
-            ("pack_media", self.rows, self.data.pack_media or np.inf),
-        ):
+    def _refuse_large_media(self, tokens: Int[np.ndarray, " parts"], rows: Int[np.ndarray, " parts"]) -> None:
+        limits = ("pack_tokens", tokens, self.data.pack_tokens), ("pack_media", rows, self.data.pack_media or MAX_COST)
+        for name, costs, most in limits:
             if len(costs) and (largest := int(costs.max())) > most:
                 document = int(np.searchsorted(self.corpus.first_part, int(costs.argmax()), side="right")) - 1
                 raise UserError(
@@ -133,9 +131,10 @@ class Source:
     def read(self, slot: Slot) -> Reading:
         """What stands in a slot. Raises BadMedia for a document that cannot be read, or is not what was planned."""
         _, slots, _ = self._parts(slot.document)
+        document = self.corpus.document(slot.document)
         place = np.array([slot.epoch]), np.array([slot.document])
         if self.is_split(slot.document, int(self.tokens_of(*place)[0])):
-            document, ids = self._recent.get(slot.document, lambda: (self.corpus.document(slot.document), {}))
+            ids = self._recent.of(slot.document)
             piece = self._runs(slot.document)[slot.piece]
             for run in piece:
                 if run.part not in ids and isinstance(part := document.parts[run.part], Text):
@@ -143,7 +142,6 @@ class Source:
             segments = tokenize_piece(document.parts, slots, piece, ids, self.tokenizer)
             shown = {run.part for run in piece}
         else:
-            document = self.corpus.document(slot.document)
             segments = tokenize(document.parts, slots, self.tokenizer, reverse=bool(self.is_reversed(*place)[0]))
             shown = set(range(len(slots)))
         made = sum(len(segment.tokens) for segment in segments)
@@ -163,7 +161,7 @@ class Source:
             "": self.corpus.fingerprint,
             " text tokens": blake2b(self.tokens, digest_size=8).hexdigest(),
             " limits and sizes": self.budget.signature,
-            " templates": f"{self.reversed_share:.6g}",
+            " templates": repr(self.reversed_share),
             " shards.block": str(self.corpus.spec.shards.shuffled_together),
             " max_epochs": str(self.max_epochs),
             " on_exhausted": self.on_exhausted,
@@ -172,15 +170,15 @@ class Source:
 
 
 class _Recent:
-    """The last few documents that go in pieces, and the tokens of their texts: the pieces are read one after another."""
+    """Tokens of the texts, by part, of the last few documents that go in pieces: each piece is read by itself."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.kept: dict[int, tuple[Document, dict[int, list[int]]]] = {}
+        self.kept: dict[int, dict[int, list[int]]] = {}
 
-    def get(self, number: int, make: Callable[[], tuple[Document, dict[int, list[int]]]]) -> tuple[Document, dict[int, list[int]]]:
-        found = self.kept.pop(number, None) or make()
-        self.kept = dict([*self.kept.items(), (number, found)][-self.size :])
+    def of(self, document: int) -> dict[int, list[int]]:
+        found = self.kept.pop(document, {})
+        self.kept = dict([*self.kept.items(), (document, found)][-self.size :])
         return found
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
-from mmpt.config import PlainLoader, explain
+from mmpt.config import PlainLoader, Section, explain
 from mmpt.types import UserError
 
 MAX_SPEC_BYTES = 1 << 20
@@ -39,10 +39,6 @@ MAP = {
 """What a format calls its fields, where a spec does not say otherwise: suffixes of members for pairs, else columns."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def _below_root(value: str) -> str:
     if Path(value).is_absolute() or ".." in RANGE.sub("", value).split("/"):
         raise ValueError("it must stay below root: no absolute path and no '..'")
@@ -50,6 +46,8 @@ def _below_root(value: str) -> str:
 
 
 def _no_command(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("a path that can be printed is wanted here")
     if ":" in value or "|" in value:
         raise ValueError("a plain path is wanted here; commands (pipe:) are never run")
     return value
@@ -142,7 +140,9 @@ class OnBad(Section):
     """What happens where a part cannot be read or decoded while training."""
 
     policy: Literal["mask", "stop"] = Field("mask", description="mask: it becomes padding without loss; stop: the run ends")
-    max_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="of the source's documents; above, the run ends")
+    max_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="of the source's documents that a rank has read; above, the run ends"
+    )
 
 
 class DataSpec(Section):

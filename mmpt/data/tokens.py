@@ -83,7 +83,8 @@ class Tokenizer:
         return self.inner.decode(list(ids), skip_special_tokens=True)
 
     def __len__(self) -> int:
-        return self.inner.get_vocab_size()
+        """Rows that an embedding needs: one more than the largest id, as ids may have gaps."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def fingerprint(self) -> str:

@@ -90,7 +90,8 @@ class Workers(Generic[Request, Result]):
     def map(self, requests: Iterable[Request]) -> Iterator[Result]:
         """`function` of every request, in order. One walk at a time; it may be left early.
 
-        Raises UserError as `function` does, and RuntimeError, with the worker's traceback, for any other fault of it.
+        Raises UserError as `function` does, and RuntimeError, with the worker's traceback, for any other fault of it; the workers
+        are closed then.
         """
         if not self._pipes:
             yield from map(self._function, requests)
@@ -112,6 +113,9 @@ class Workers(Generic[Request, Result]):
                 del result  # its slot is free as soon as the caller lets go of it
             for fault in faults:  # after the results of all requests before it, however many workers there are
                 raise fault
+        except Exception:
+            self.close()  # else this would wait until all that was asked for is made
+            raise
         finally:
             for left in waiting:
                 self._discard(left)

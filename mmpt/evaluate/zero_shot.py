@@ -15,7 +15,7 @@ from torch import nn
 
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
-from mmpt.data.loader import TRAIN, cache_of, sequential_batches
+from mmpt.data.loader import TRAIN, cache_of, refuse_faults, sequential_batches
 from mmpt.data.spec import DataSpec, load_mixture, load_spec
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import Embeddings, embed
@@ -31,7 +31,7 @@ def evaluate_retrieval(
     Precision is the caller's (autocast) for the model; scores are fp32. Raises UserError for a split that cannot be ranked.
     """
     corpus = Corpus.open(load_spec(spec), split, cache_of(config.data))
-    batches = sequential_batches(corpus, Tokenizer.load(config.data.tokenizer), config)
+    batches = refuse_faults(sequential_batches(corpus, Tokenizer.load(config.data.tokenizer), config))
     try:
         embeddings = embed(model, batches, device)
         return retrieval(embeddings.items, embeddings.texts, embeddings.owner), embeddings

@@ -170,6 +170,7 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
 
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("workers", "prefetch", "prefetch_mib", "cache", "cache_gib")),
+    *("data.spec", "data.tokenizer"),  # paths: what lies there has fingerprints in the loader's state
     *(f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")),
 }
 

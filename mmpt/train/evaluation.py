@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
 from mmpt.data.loader import cache_of, sequential_batches
+from mmpt.data.quarantine import refuse_too_many
 from mmpt.data.spec import load_mixture
 from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.embed import embed, evaluating
@@ -19,7 +20,7 @@ from mmpt.objectives.contrastive import pair_slots
 from mmpt.objectives.next_token import next_token_loss
 from mmpt.parallel.mesh import World
 from mmpt.train.step import autocast
-from mmpt.types import IGNORE, PackedBatch, UserError
+from mmpt.types import IGNORE, Fault, PackedBatch, UserError
 
 SPLIT = "val"
 
@@ -49,15 +50,26 @@ def held_out_spec(config: RunConfig) -> Path:
 
 
 def _evaluate(model: MultimodalModel, corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, world: World) -> dict[str, float]:
-    batches = list(sequential_batches(corpus, tokenizer, config))
+    """Of one split. Its batches are made anew for each figure: all of them at once may be more than memory holds."""
+    pairs: list[int] = []
+    faults: list[Fault] = []
+
+    def watched() -> Iterator[PackedBatch]:
+        for batch in sequential_batches(corpus, tokenizer, config):
+            pairs.append(len(pair_slots(batch.slots)[0]))
+            faults.extend(batch.report.faults)
+            yield batch
+
     with autocast(config, world.device):
-        figures = {"val/next_token": validation_loss(model, batches, world)}
-        if any(len(pair_slots(batch.slots)[0]) for batch in batches):
-            figures |= retrieval_figures(model, batches, world)
+        figures = {"val/next_token": validation_loss(model, watched(), world)}
+        refuse_too_many(corpus.name, len(faults), len(corpus), corpus.spec.on_bad, faults)
+        figures |= {"val/faults": len(faults)} if faults else {}
+        if any(pairs):
+            figures |= retrieval_figures(model, sequential_batches(corpus, tokenizer, config), world)
     return figures
 
 
-def validation_loss(model: MultimodalModel, batches: Sequence[PackedBatch], world: World) -> float:
+def validation_loss(model: MultimodalModel, batches: Iterable[PackedBatch], world: World) -> float:
     """Mean next-token loss, nats per token; NaN where nothing is to be predicted."""
     total, count = 0.0, 0
     with evaluating(model):
@@ -68,7 +80,7 @@ def validation_loss(model: MultimodalModel, batches: Sequence[PackedBatch], worl
     return total / count if count else torch.nan
 
 
-def retrieval_figures(model: MultimodalModel, batches: Sequence[PackedBatch], world: World) -> dict[str, float]:
+def retrieval_figures(model: MultimodalModel, batches: Iterable[PackedBatch], world: World) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions."""
     embeddings = embed(model, batches, world.device)
     result = retrieval(embeddings.items, embeddings.texts, embeddings.owner)
