@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import yaml
 
 from mmpt.data.corpus import Corpus
+from mmpt.data.documents import Interleaved
 from mmpt.data.faults import BadMedia
+from mmpt.data.index import ShardIndex
 from mmpt.data.shards import ShardWriter
 from mmpt.data.spec import DataSpec, load_spec
 from mmpt.data.tokens import Tokenizer
@@ -129,7 +132,7 @@ def test_token_counts_are_kept_for_each_tokenizer(tmp_path: Path, tokenizer: Tok
     assert corpus.token_counts(other).tolist() != wanted
 
 
-@pytest.mark.parametrize("content", ["another index", "negative", "another shape", "no npz"])
+@pytest.mark.parametrize("content", ["another index", "negative", "another shape", "more than its bytes", "no npz"])
 def test_counts_that_do_not_fit_are_made_again(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
     corpus = Corpus.open(write_shards(tmp_path, 3), "train")
     wanted = corpus.token_counts(tokenizer)
@@ -139,6 +142,7 @@ def test_counts_that_do_not_fit_are_made_again(tmp_path: Path, tokenizer: Tokeni
         "another index": {"counts": np.array([9, 9, 9]), "index": np.array(b"x")},
         "negative": {"counts": np.array([-1, 9, 9]), "index": index},
         "another shape": {"counts": np.array([9]), "index": index},
+        "more than its bytes": {"counts": np.array([9, 10**6, 9]), "index": index},
     }
     path.write_bytes(b"hello") if content == "no npz" else np.savez(path, **changed[content])
     assert corpus.token_counts(tokenizer).tolist() == wanted.tolist()
@@ -171,3 +175,32 @@ def test_another_process_reads_the_same(tmp_path: Path, method: str) -> None:
     assert read == keys(corpus)
     assert fingerprint == corpus.fingerprint
     corpus.close()
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_sidecar_that_tells_of_other_texts_is_found_out(tmp_path: Path, more: int) -> None:
+    spec = write_shards(tmp_path, 3)
+    path = tmp_path / "0.tar.index.npz"
+    index = ShardIndex.load(path)
+    parts = np.concatenate([index.parts[:1], index.parts]) if more > 0 else index.parts[1:]
+    replace(index, parts=parts, first_part=np.append(0, index.first_part[1:] + more)).save(path)
+    with pytest.raises(BadMedia, match=f"it has 1 texts, and {1 + more} were indexed"):
+        Corpus.open(spec, "train").document(0)
+
+
+def test_a_sidecar_that_calls_a_faulty_document_sound_is_found_out(tmp_path: Path) -> None:
+    spec = write_shards(tmp_path, 1)
+    tar, path = tmp_path / "0.tar", tmp_path / "0.tar.index.npz"
+    sound = ShardIndex.load(path)
+    tar.write_bytes(tar.read_bytes().replace(b'"parts"', b'"pants"'))
+    replace(sound, crcs=ShardIndex.build(tar, Interleaved()).crcs).save(path)
+    with pytest.raises(BadMedia, match="it is not the document that was indexed"):
+        Corpus.open(spec, "train").document(0)
+
+
+def test_a_sample_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write_shards(tmp_path, 3)
+    monkeypatch.setattr("mmpt.data.index.MAX_SAMPLE_BYTES", 20)
+    (tmp_path / "0.tar.index.npz").unlink()
+    with pytest.raises(UserError, match="sample k000 has over 20 bytes or"):
+        Corpus.open(spec, "train")

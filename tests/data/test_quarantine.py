@@ -12,7 +12,7 @@ import torch
 
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
-from mmpt.data.loader import Loader, sequential_batches
+from mmpt.data.loader import Loader, refuse_faults, sequential_batches
 from mmpt.data.quarantine import IN_A_ROW, Quarantine, refuse_too_many
 from mmpt.data.spec import OnBad, load_spec
 from mmpt.data.tokens import Tokenizer
@@ -93,7 +93,7 @@ def test_an_evaluation_names_the_faulty_document(four_data: Path, tiny_config: R
     damage(folder / "four-00000.tar", b"IHDR", skip=30)
     corpus = Corpus.open(load_spec(folder / "four.yaml"), "train")
     with pytest.raises(UserError, match=r"four: document four00 of four-00000\.tar: its bytes have changed"):
-        list(sequential_batches(corpus, tokenizer, tiny_config))
+        list(refuse_faults(sequential_batches(corpus, tokenizer, tiny_config)))
 
 
 def fault(number: int, source: str = "s") -> Fault:
@@ -134,3 +134,12 @@ def test_documents_that_were_faulty_when_indexed_are_left_out_and_counted(
     path.write_bytes(path.read_bytes().replace(b'"v": 1, "id": "four02"', b'"v": 2, "id": "four02"'))
     keys = {ref.key for batch in load(config_of(tiny_config, folder / "four.yaml"), 6) for ref in batch.provenance}
     assert keys == {f"four{number:02d}" for number in range(16)} - {"four02"}
+
+
+def test_a_fault_marks_its_own_piece_of_a_document_alone(four_data: Path, tiny_config: RunConfig):
+    (batch,) = load(config_of(tiny_config, four_data / "four.yaml"), 1)
+    pieces = tuple(replace(batch.provenance[0], source="s", key="k0", epoch=0, piece=piece) for piece in range(2 * IN_A_ROW))
+    one = replace(batch, provenance=pieces, report=replace(batch.report, faults=(replace(fault(0), piece=3),)))
+    quarantine = Quarantine({"s": OnBad()}, None, 0)
+    quarantine.admit(one)
+    assert (quarantine.seen["s"], quarantine.bad["s"]) == (2 * IN_A_ROW, 1)

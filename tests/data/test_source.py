@@ -14,13 +14,13 @@ import yaml
 from mmpt.config import RunConfig
 from mmpt.data.corpus import Corpus
 from mmpt.data.decode import pixels, sound
-from mmpt.data.loader import Loader, make_source
+from mmpt.data.loader import Loader, make_source, sequential_batches
 from mmpt.data.mixture import Slot
 from mmpt.data.shards import ShardWriter
 from mmpt.data.source import Source
 from mmpt.data.spec import load_spec
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import AUDIO, IMAGE, VIDEO, Audio, Image, PackedBatch
+from mmpt.types import AUDIO, IMAGE, VIDEO, Audio, Image, PackedBatch, UserError
 
 from conftest import clip, picture  # isort: skip
 
@@ -149,3 +149,32 @@ def test_the_sound_of_a_clip_is_a_part_of_its_own_where_it_is_asked_for(tmp_path
     loudest = batch.audios.values[:98].argmax(dim=1)
     assert loudest.unique().numel() <= 2 and batch.audios.times[0] == 1.0
     assert (batch.media_index >= 0).sum() == 4 + 13
+
+
+def test_pairs_in_both_orders_are_evaluated(tmp_path: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
+    templates = [{"order": ["image", "text"], "p": 1}, {"order": ["text", "image"], "p": 1}]
+    corpus = Corpus.open(load_spec(write_pairs(tmp_path, 20, templates=templates)), "train")
+    assert sum(batch.documents for batch in sequential_batches(corpus, tokenizer, tiny_config)) == 20
+
+
+def test_no_pack_of_an_evaluation_holds_more_media_than_it_may(four_data: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
+    data = {"pack_media": 150, "packs_per_batch": 1}
+    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update=data)})
+    corpus = Corpus.open(load_spec(four_data / "four.yaml"), "train")
+    rows = [
+        sum(len(media.values) for media in (batch.images, batch.audios, batch.videos))
+        for batch in sequential_batches(corpus, tokenizer, config)
+    ]
+    assert 100 < max(rows) <= 150
+
+
+def test_a_document_of_absurd_length_is_named(tmp_path: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
+    """A clip that is shown 30,000 times costs more than 32 bits hold."""
+    video = {"type": "video", "file": "000.mp4", "wh": [48, 32], "fps": 1, "frames": 99, "clip": [0, 1024]}
+    with ShardWriter(tmp_path, "many", samples_per_shard=1) as writer:
+        writer.write("a", {"v": 1, "parts": [video] * 30_000}, {"000.mp4": b"unread"})
+    tree = {"version": 1, "name": "many", "format": "interleaved", "split": {"train": ":"}, "video": {"max_frames": 1024}}
+    (tmp_path / "many.yaml").write_text(yaml.safe_dump(tree | {"shards": {"root": ".", "pattern": "many-00000.tar"}}))
+    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update={"pack_tokens": 8192})})
+    with pytest.raises(UserError, match=r"source many: document a takes [0-9,]+ tokens or media rows"):
+        source_of(tmp_path / "many.yaml", tokenizer, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -47,6 +48,11 @@ def same(left: Result, right: Result) -> bool:
         and text == other_text
         and torch.equal(last["scalar"], other_last["scalar"])
     )
+
+
+def wait_long(number: int) -> int:
+    threading.Event().wait(30)
+    return number
 
 
 @pytest.fixture
@@ -111,9 +117,44 @@ def test_a_users_mistake_arrives_as_it_is_and_other_faults_with_their_traceback(
     pool = workers(fail)
     with pytest.raises(UserError, match=r"^field x = 3: too much, lower it$"):
         list(pool.map(range(10)))
+    with pytest.raises(RuntimeError, match="the workers are closed"):
+        list(pool.map([5, 6]))
     with pytest.raises(RuntimeError, match=r"(?s)in fail.*KeyError: 'four'"):
-        list(pool.map([1, 4, 2]))
-    assert list(pool.map([5, 6])) == [5, 6]
+        list(workers(fail).map([1, 4, 2]))
+
+
+def test_what_ends_the_requests_comes_after_all_their_results(workers):
+    def requests():
+        yield from range(9)
+        raise UserError("the data ended")
+
+    for ahead in (1, 4):
+        pool, results = Workers(compute, COUNT, ahead), []
+        with pytest.raises(UserError, match="the data ended"):
+            for result in pool.map(requests()):
+                results.append(result.number)
+        assert results == list(range(9))
+
+
+def test_workers_that_were_interrupted_while_they_answered_are_closed(workers):
+    """Nobody knows how much of the answer was read: the next walk would get what is left of it."""
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    pool, before = workers(wait_long), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Interrupted):
+            next(pool.map(range(4)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RuntimeError, match="the workers are closed"):
+        next(pool.map(range(4)))
 
 
 def test_a_walk_may_be_left_early(workers):
@@ -140,10 +181,8 @@ def die(number: int) -> int:
 
 
 def test_a_dead_worker_is_told(workers):
-    pool = workers(die)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="exit code -9"):
-            list(pool.map(range(10)))
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        list(workers(die).map(range(10)))
 
 
 def test_close_ends_the_processes(workers):

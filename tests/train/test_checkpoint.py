@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from mmpt.config import RunConfig
+from mmpt.data.loader import Loader
 from mmpt.train.checkpoint import SafeReader, load_model, newest, read_state
 from mmpt.train.loop import train
-from mmpt.types import UserError
+from mmpt.types import TrainState, UserError
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,33 @@ def test_the_state_says_where_the_run_stood(run: Path):
     state, config = read_state(newest(run))
     assert state.step == 4 and state.samples > 0 and state.loader.packs_consumed == 16
     assert config["name"] == "tiny"
+
+
+def test_states_of_strangers_are_one_line(tmp_path: Path, tiny_config: RunConfig):
+    state = asdict(TrainState(step=1, loader=Loader(tiny_config, 0, 1).state, samples=1)) | {"config": {}}
+
+    def cursor(**changes: object) -> dict:
+        return state | {"loader": state["loader"] | {"cursor": state["loader"]["cursor"] | changes}}
+
+    place = {"position": 0, "consumed": 0, "weight": 1.0}
+    hostile = [
+        5,
+        "x",
+        cursor(sources=[]),
+        cursor(pack=-1),
+        cursor(pack="a"),
+        cursor(sources={"tiny": place | {"position": 2**70}}),
+    ]
+    hostile += [cursor(sources={"tiny": place | {name: value}}) for name, value in (("position", 1.5), ("weight", -1))]
+    for content in (*map(json.dumps, hostile), "[" * 100_000):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(UserError, match=r"state\.json does not read") as caught:
+            read_state(tmp_path)
+        assert "\n" not in str(caught.value)
+    for content, told in (
+        (cursor(pack=99), "no number 99"),
+        (state | {"loader": state["loader"] | {"fingerprint": {}}}, "was not there"),
+    ):
+        (tmp_path / "state.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=told):
+            next(iter(Loader(tiny_config, 0, 1, read_state(tmp_path)[0].loader)))

@@ -1,5 +1,7 @@
 """Evaluation in the loop on held-out splits of every kind."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,25 @@ def test_without_a_split_or_without_pictures(tiny_config: RunConfig, tmp_path: P
     shards = 'shards: {root: ".", pattern: "words-00000.tar"}'
     spec.write_text(f"version: 1\nname: words\nformat: interleaved\n{shards}\nsplit: {split}\n")
     assert figures(with_spec(tiny_config, spec)).keys() == expected
+
+
+def test_every_held_out_split_of_a_mixture_is_evaluated(tiny_config: RunConfig, tiny_data: Path, tmp_path: Path):
+    other = (
+        (tiny_data / "tiny.yaml").read_text().replace("name: tiny", "name: other").replace('root: "."', f'root: "{tiny_data}"')
+    )
+    (tmp_path / "other.yaml").write_text(other)
+    parts = f"[{{spec: {tiny_data / 'tiny.yaml'}, weight: 1}}, {{spec: other.yaml, weight: 1}}]"
+    (tmp_path / "both.yaml").write_text(f"version: 1\nname: both\nmixture: {parts}\n")
+    alone, both = figures(tiny_config), figures(with_spec(tiny_config, tmp_path / "both.yaml"))
+    assert both == {f"{source}/{name}": value for source in ("tiny", "other") for name, value in alone.items()}
+
+
+def test_a_faulty_picture_is_counted_and_does_not_end_the_run(tiny_config: RunConfig, tiny_data: Path, tmp_path: Path):
+    shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
+    held_out = tmp_path / "tiny-00003.tar"
+    times, content = held_out.stat(), bytearray(held_out.read_bytes())
+    content[content.index(b"IHDR") + 40] ^= 0xFF
+    held_out.write_bytes(content)
+    os.utime(held_out, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = figures(with_spec(tiny_config, tmp_path / "tiny.yaml"))
+    assert found["val/faults"] == 1 and 0 < found["val/next_token"] < 20
