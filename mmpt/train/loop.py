@@ -5,7 +5,6 @@ config -> world -> model, optimizer, loader -> [train_step -> metrics -> evaluat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -69,15 +68,13 @@ def _steps(
     clock = Clock(log.seconds_before if log else 0.0)
     batches, t, first = iter(loader), config.train, state.step
     for step in range(state.step, t.steps):
-        began = time.perf_counter()
         micro_batches = [batch.to(world.device) for batch in islice(batches, t.accumulate)]
         if len(micro_batches) < t.accumulate:  # on every rank alike
             ticker.say(f"the data ended after {state.step} steps: a source of the mixture is exhausted")
             break
-        waited = time.perf_counter() - began
         figures = train_step(model, optimizer, micro_batches, step, config, world)
         state = TrainState(step=step + 1, loader=micro_batches[-1].state, samples=state.samples + int(figures["documents"]))
-        clock.count(figures["documents"], waited)
+        clock.count(figures["documents"])
         ticker.step(state.step)
         if log and (state.step % t.log_every == 0 or state.step == t.steps):
             figures |= {"samples": state.samples, **clock.read(), **loader.meter.read()}

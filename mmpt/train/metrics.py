@@ -53,11 +53,10 @@ class Clock:
 
     def _reset(self) -> None:
         self.samples = self.steps = 0
-        self.waited = 0.0
 
-    def count(self, samples: float, waited: float) -> None:
-        """A step is done: how many samples it had, and how many seconds it waited for them."""
-        self.samples, self.steps, self.waited = self.samples + samples, self.steps + 1, self.waited + waited
+    def count(self, samples: float) -> None:
+        """A step is done: how many samples it had."""
+        self.samples, self.steps = self.samples + samples, self.steps + 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,7 +68,7 @@ class Clock:
         elapsed = time.perf_counter() - self.began
         self.total, self.began = self.total + elapsed, time.perf_counter()
         self.seconds_per_step = elapsed / max(self.steps, 1)
-        rates = {"samples_per_second": self.samples / elapsed, "loader_wait": self.waited / elapsed}
+        rates = {"samples_per_second": self.samples / elapsed}
         self._reset()
         return {"seconds": self.total, **rates}
 
