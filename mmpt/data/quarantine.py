@@ -52,6 +52,11 @@ class Quarantine:
         for source, bad in self.bad.items():
             refuse_too_many(source, bad, self.seen[source], self.limits[source], self.first[source])
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Faults since the run was started, by source and reason."""
+        return {f"faults/{source}/{reason}": count for (source, reason), count in self.counts.items()}
+
     def _write(self, faults: Iterable[Fault]) -> None:
         lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in faults)
         if self.path and lines:

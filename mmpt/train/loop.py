@@ -77,7 +77,7 @@ def _steps(
         clock.count(figures["documents"])
         ticker.step(state.step)
         if log and (state.step % t.log_every == 0 or state.step == t.steps):
-            figures |= {"samples": state.samples, **clock.read(), **loader.meter.read()}
+            figures |= {"samples": state.samples, **clock.read(), **loader.meter.read(), **loader.quarantine.figures}
             log.write("train", state.step, figures)
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
         if t.eval_every and state.step % t.eval_every == 0 and state.step < t.steps:

@@ -123,7 +123,7 @@ def test_many_faults_in_a_row_end_the_run(four_data: Path, tiny_config: RunConfi
     quarantine.admit(with_faults(IN_A_ROW - 1))
     with pytest.raises(UserError, match=f"{IN_A_ROW} faulty documents in a row: document k0 of a.tar: broken"):
         quarantine.admit(with_faults(1))
-    assert quarantine.counts == {("s", "decode"): IN_A_ROW - 1}
+    assert quarantine.figures == {"faults/s/decode": IN_A_ROW - 1}
 
 
 def test_documents_that_were_faulty_when_indexed_are_left_out_and_counted(
