@@ -44,7 +44,7 @@ class Sample:
 
     key: str
     shard: str
-    fields: Mapping[str, bytes]
+    fields: Mapping[str, Buffer]
 
 
 @dataclass(frozen=True, kw_only=True)

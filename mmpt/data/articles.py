@@ -176,7 +176,9 @@ class ArticleWriter:
             if self.room.is_full:
                 return
             tokens = int(source.tokens[first + number])
-            shown = Shown(name=names[number], kind=NAMES[MODALITY[type(part)]], note=f"{tokens:,} token{'' if tokens == 1 else 's'}")
+            shown = Shown(
+                name=names[number], kind=NAMES[MODALITY[type(part)]], note=f"{tokens:,} token{'' if tokens == 1 else 's'}"
+            )
             try:
                 if isinstance(part, Text):
                     shown.text, shown.predicted = self.room.text(part.text, CHARACTERS), part.predict

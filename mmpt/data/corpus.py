@@ -6,7 +6,6 @@ spec, split --Corpus.open--> indices of its shards --read--> Sample --document--
 from __future__ import annotations
 
 import contextlib
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mmpt.data.cache import Cache
 from mmpt.data.documents import Layout, layout_of
 from mmpt.data.faults import BadMedia
 from mmpt.data.index import ShardIndex, index_name, write_arrays
 from mmpt.data.spec import IN_PLACE, DataSpec
-from mmpt.data.cache import Cache
 from mmpt.data.storage import Storage
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import AUDIO, IMAGE, TEXT, Audio, Document, Image, Part, Sample, Text, UserError, Video

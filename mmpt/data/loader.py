@@ -21,6 +21,7 @@ import torch
 
 from mmpt.config import AugmentConfig, DataConfig, RunConfig
 from mmpt.data.budget import Budget
+from mmpt.data.cache import Cache
 from mmpt.data.corpus import Corpus
 from mmpt.data.mixture import Slot
 from mmpt.data.packing import next_fit
@@ -29,7 +30,6 @@ from mmpt.data.quarantine import Quarantine, index_faults, refuse_too_many
 from mmpt.data.reader import Reader, Request
 from mmpt.data.source import Source
 from mmpt.data.spec import MixturePart, load_mixture
-from mmpt.data.cache import Cache
 from mmpt.data.tokens import Tokenizer
 from mmpt.data.workers import Workers
 from mmpt.types import AUDIO, IMAGE, VIDEO, LoaderState, LoadReport, PackedBatch, PlanCursor, UserError

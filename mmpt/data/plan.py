@@ -180,7 +180,9 @@ class Plan:
                 return self.mixture.finish(sources)
             packs = self._packs(draws, window)
             if not 0 <= pack < max(len(packs), 1):
-                raise UserError(f"state: window {window} has {len(packs)} packs and no number {pack}; go on from another checkpoint")
+                raise UserError(
+                    f"state: window {window} has {len(packs)} packs and no number {pack}; go on from another checkpoint"
+                )
             following = PlanCursor(window=window + 1, pack=0, sources=draws.after)
             for number in range(pack, len(packs)):
                 last = number + 1 == len(packs)

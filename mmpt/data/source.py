@@ -25,7 +25,6 @@ from mmpt.data.spec import MixturePart
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import TEXT, Part, Text, TokenizedDocument, UserError
 
-
 MAX_COST = 2**27
 """Tokens, or media rows, of one document."""
 
@@ -69,7 +68,9 @@ class Source:
         """In half the memory. A document may show one clip a hundred thousand times."""
         if (largest := int(costs.max(initial=0))) > MAX_COST:
             key = self.corpus.key(int(costs.argmax()))
-            raise UserError(f"source {self.name}: document {key} takes {largest:,} tokens or media rows; split it, or take it out")
+            raise UserError(
+                f"source {self.name}: document {key} takes {largest:,} tokens or media rows; split it, or take it out"
+            )
         return costs.astype(np.int32)
 
     def _refuse_large_media(self, tokens: Int[np.ndarray, " parts"], rows: Int[np.ndarray, " parts"]) -> None:
@@ -159,7 +160,7 @@ class Source:
         """Everything that decides what stands where in the source's stream, by name."""
         parts = {
             "": self.corpus.fingerprint,
-            " text tokens": blake2b(self.tokens, digest_size=8).hexdigest(),
+            " tokens": blake2b(self.tokens, digest_size=8).hexdigest(),
             " limits and sizes": self.budget.signature,
             " templates": repr(self.reversed_share),
             " shards.block": str(self.corpus.spec.shards.shuffled_together),

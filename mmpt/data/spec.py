@@ -123,7 +123,9 @@ class Template(Section):
 
 class ImageLimits(Section):
     max_pixels: Annotated[int, Field(gt=0, lt=2**31)] = Field(602_112, description="a larger picture is scaled down to so many")
-    min_side: Annotated[int, Field(ge=1, lt=2**31)] = Field(1, description="a picture with a shorter side is left out of its document")
+    min_side: Annotated[int, Field(ge=1, lt=2**31)] = Field(
+        1, description="a picture with a shorter side is left out of its document"
+    )
 
 
 class AudioLimits(Section):

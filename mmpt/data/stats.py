@@ -17,11 +17,11 @@ from rich.table import Table
 
 from mmpt.config import DataConfig, RunConfig
 from mmpt.data.budget import Budget
+from mmpt.data.cache import Cache
 from mmpt.data.corpus import Corpus, Progress
 from mmpt.data.plan import Plan
 from mmpt.data.source import Source
 from mmpt.data.spec import MixturePart, load_mixture
-from mmpt.data.cache import Cache
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import AUDIO, IMAGE, TEXT, VIDEO
 

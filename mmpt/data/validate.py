@@ -24,6 +24,7 @@ from jaxtyping import UInt64
 from rich.table import Table
 from rich.text import Text
 
+from mmpt.data.cache import Cache
 from mmpt.data.corpus import Progress, over_shards
 from mmpt.data.documents import Entry, Files, check_entry, layout_of
 from mmpt.data.faults import REASONS as OF_MEDIA
@@ -33,7 +34,6 @@ from mmpt.data.media.images import decode_image
 from mmpt.data.media.video import decode_video, frame_times, probe_video
 from mmpt.data.names import KEY, SUFFIX, matches
 from mmpt.data.spec import IN_PLACE, DataSpec
-from mmpt.data.cache import Cache
 from mmpt.data.storage import Storage
 from mmpt.data.tars import BLOCK, BROKEN, MAX_HEADER_BYTES, MAX_MEMBER_BYTES, Member, SmallReads
 from mmpt.types import IMAGE, TEXT, VIDEO, UserError

@@ -194,9 +194,7 @@ def _end(processes: list[BaseProcess], pipes: list[Connection]) -> None:
         process.join()
 
 
-def _work(
-    function: Callable[[Any], Any], pipe: Connection, slots: list[Tensor], made: Tensor, number: int, parent: int
-) -> None:
+def _work(function: Callable[[Any], Any], pipe: Connection, slots: list[Tensor], made: Tensor, number: int, parent: int) -> None:
     """A worker's life: requests and their answers, until the main process is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers itself
     torch.set_num_threads(1)

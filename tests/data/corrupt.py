@@ -151,8 +151,8 @@ def cut_sidecar(draw: Random, shard: Shard) -> Damage:
 
 
 def hole(draw: Random, shard: Shard) -> Damage:
-    """Zeros, as a file system leaves them after a crash. The last block of data stays: with all of the last document gone, what is
-    left is a whole tar that has one document fewer, and nothing in it tells."""
+    """Zeros, as a file system leaves them after a crash. The last block of data stays: with all of the last document gone, what
+    is left is a whole tar that has one document fewer, and nothing in it tells."""
     end = shard.headers[-1] - BLOCK
     start = draw.randrange(0, end, BLOCK)
     length = min(BLOCK * draw.randint(1, 16), end - start)

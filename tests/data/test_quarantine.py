@@ -104,9 +104,7 @@ def fault(number: int, source: str = "s") -> Fault:
 def test_too_large_a_share_ends_the_run(bad: int, seen: int, stops: bool):
     first = [fault(number) for number in range(3)]
     if stops:
-        with pytest.raises(
-            UserError, match=rf"source s: {bad} of {seen} documents are faulty, more than .*max_fraction = 0.01"
-        ):
+        with pytest.raises(UserError, match=rf"source s: {bad} of {seen} documents are faulty, more than .*max_fraction = 0.01"):
             refuse_too_many("s", bad, seen, OnBad(), first)
     else:
         refuse_too_many("s", bad, seen, OnBad(), first)
@@ -114,6 +112,7 @@ def test_too_large_a_share_ends_the_run(bad: int, seen: int, stops: bool):
 
 def test_many_faults_in_a_row_end_the_run(four_data: Path, tiny_config: RunConfig):
     (batch,) = load(config_of(tiny_config, four_data / "four.yaml"), 1)
+
     def with_faults(count: int) -> PackedBatch:
         refs = tuple(replace(batch.provenance[0], source="s", key=f"k{number}", epoch=0, piece=0) for number in range(count))
         return replace(batch, provenance=refs, report=replace(batch.report, faults=tuple(fault(n) for n in range(count))))

@@ -33,7 +33,9 @@ def compute(number: int) -> Result:
     pixels = torch.full((number % 5, 3, 1000), number % 251, dtype=torch.uint8)
     lengths = torch.zeros(number % 3, 3, dtype=torch.int64).T[0]  # of none or one element, its stride is 3
     half = torch.arange(number % 7).to(torch.bfloat16)
-    return Result(number, pixels, np.arange(number) * 2, (half, f"{number}", {"scalar": torch.tensor(number > 3), "stride": lengths}))
+    return Result(
+        number, pixels, np.arange(number) * 2, (half, f"{number}", {"scalar": torch.tensor(number > 3), "stride": lengths})
+    )
 
 
 def same(left: Result, right: Result) -> bool:
