@@ -42,7 +42,7 @@ def ours(config: RunConfig, batches: list[PackedBatch], world: World) -> tuple[S
     optimizer = make_optimizer(model, config.optimizer)
 
     def step(i: int) -> None:
-        train_step(model, optimizer, [batches[i]], i, config, world)
+        train_step(model, optimizer, [batches[i]], i, config, world, detailed=False)
 
     return step, parameter_counts(model)["total"]
 
@@ -82,13 +82,18 @@ def pictures(batch: PackedBatch, config: RunConfig) -> torch.Tensor:
 def captions(batch: PackedBatch, context: int, vocabulary: int) -> torch.Tensor:
     """The batch's caption segments, padded with 0. open_clip pools at the largest id, so the last token, <emb>, becomes it."""
     rows = []
-    with_picture = set(batch.document_ids[batch.media_index != NOTHING].tolist())
-    for number in range(int(batch.document_ids.max()) + 1):
-        if number not in with_picture:
-            tokens = batch.tokens[batch.document_ids == number][:context].clone()
-            tokens[-1] = vocabulary - 1
-            rows.append(torch.nn.functional.pad(tokens, (0, context - len(tokens))))
+    for segment in caption_segments(batch):
+        tokens = segment[:context].clone()
+        tokens[-1] = vocabulary - 1
+        rows.append(torch.nn.functional.pad(tokens, (0, context - len(tokens))))
     return torch.stack(rows)
+
+
+def caption_segments(batch: PackedBatch) -> list[torch.Tensor]:
+    """Tokens of the segments that show no picture."""
+    with_picture = set(batch.document_ids[batch.media_index != NOTHING].tolist())
+    numbers = range(int(batch.document_ids.max()) + 1)
+    return [batch.tokens[batch.document_ids == number] for number in numbers if number not in with_picture]
 
 
 def measure(steps: dict[str, Step], samples: list[int], rounds: int) -> Iterator[tuple[str, float, float]]:
@@ -112,8 +117,7 @@ def main() -> None:
     make_repeatable()
     keep_freed_memory()
     batches = list(islice(Loader(config, rank=0, world_size=1), WARM_UP + arguments.rounds))
-    longest = max(int(batch.position_ids[batch.media_index == NOTHING].max()) for batch in batches) + 1
-    longest -= config.model.image.tokens_per_image
+    longest = max(len(caption) for batch in batches for caption in caption_segments(batch))
     with join_world() as world:
         built = {
             "mmpt, both losses": ours(config, batches, world),

@@ -26,6 +26,15 @@ NOTHING = -1
 TEXT, IMAGE, AUDIO, VIDEO = 0, 1, 2, 3
 """Values of `EmbeddingSlots.modality` and `MediaSpan.modality`."""
 
+MODALITIES = ("text", "image", "audio", "video")
+"""Their names, in the order of their values."""
+
+NEXT_TOKEN, MASKED, SPAN = 0, 1, 2
+"""Values of `Segments.task`: what the labels of a segment ask for."""
+
+TASKS = ("next_token", "masked", "span")
+"""Their names, in the order of their values: those of `task` in a mixture, and of the objectives."""
+
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
 """As states hold them, which are read from files."""
@@ -104,10 +113,15 @@ class MediaSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingToken:
-    """The `<emb>` token at `position` holds the embedding of one part of the document."""
+    """The tokens `start` up to `stop` hold the embedding of one part of the document: `<emb>`, or all of the part with it.
 
-    position: int
+    None do (`start` equals `stop`) where media do not enter the token stream: the embedding is the encoder's.
+    """
+
+    start: int
+    stop: int
     modality: int  # TEXT, IMAGE, AUDIO or VIDEO
+    item: int  # as in MediaSpan; NOTHING for a text
     content: int  # hash of what is embedded: equal content is a duplicate, not a negative
 
 
@@ -116,9 +130,12 @@ class TokenizedDocument:
     """One segment of a pack: no token of it attends outside it. A document with a contrasted caption makes two."""
 
     tokens: tuple[int, ...]
-    labels: tuple[int, ...]  # already shifted: labels[i] is what position i predicts, or IGNORE
+    labels: tuple[int, ...]  # as in PackedBatch: shifted already, or IGNORE
     media: tuple[MediaSpan, ...] = ()
     embeddings: tuple[EmbeddingToken, ...] = ()
+    task: int = NEXT_TOKEN
+    second: int | None = None  # the first token of the second of two texts, whose token type is 1
+    next_sentence: int = IGNORE  # 0: the second text follows the first; 1: it is another document's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +157,18 @@ class EmbeddingSlots:
     """What each embedding slot of a batch stands for."""
 
     modality: Int[Tensor, " P"]  # TEXT, IMAGE, AUDIO or VIDEO
+    item: Int[Tensor, " P"]  # number of the item among the batch's of that modality, NOTHING for a text
     pair: Int[Tensor, " P"]  # number of the document within the batch: equal numbers belong together
     content: Int[Tensor, " P"]  # 63-bit hash of the content: equal hashes are duplicates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """What is known of each segment of a batch; `document_ids` are its numbers."""
+
+    document: Int[Tensor, " S"]  # number of its document within the batch, as in `provenance`
+    task: Int[Tensor, " S"]  # NEXT_TOKEN, MASKED or SPAN
+    next_sentence: Int[Tensor, " S"]  # 0: its second text follows its first; 1: it is another document's; or IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +244,9 @@ class PackedBatch:
     """The packs that one rank computes at once, end to end: every per-token tensor has the same length T."""
 
     tokens: Int[Tensor, " T"]
-    labels: Int[Tensor, " T"]  # the next token, or IGNORE
-    position_ids: Int[Tensor, " T"]  # from 0 within each segment
+    labels: Int[Tensor, " T"]  # what the logits here are to say, shifted already, or IGNORE
+    position_ids: Int[Tensor, "axes T"]  # from 0 within each segment; three rows (time, row, column) with `rope_sections`
+    token_types: Int[Tensor, " T"]  # 1 in the second of two texts, else 0
     document_ids: Int[Tensor, " T"]  # one number a segment, NOTHING for padding; attention stays within equal numbers
     media_index: Int[Tensor, " T"]  # row of the media features, those of images, audios and videos end to end, or NOTHING
     pool_index: Int[Tensor, " T"]  # embedding slot, or NOTHING
@@ -226,6 +254,8 @@ class PackedBatch:
     audios: MediaBatch
     videos: MediaBatch
     slots: EmbeddingSlots
+    segments: Segments
+    packs: int  # of equal length, T / packs tokens
     provenance: tuple[DocumentRef, ...]  # indexed by `slots.pair`, one for each document
     state: LoaderState  # the loader's state once this batch is consumed
     report: LoadReport
@@ -242,6 +272,11 @@ class PackedBatch:
     def documents(self) -> int:
         return len(self.provenance)
 
+    @property
+    def media(self) -> dict[int, MediaBatch]:
+        """By modality, in the order in which `media_index` counts."""
+        return {IMAGE: self.images, AUDIO: self.audios, VIDEO: self.videos}
+
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
@@ -252,13 +287,34 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """The embeddings of one level, for the slots of a batch, and what turns their cosines into logits."""
+
+    vectors: Float[Tensor, "P E"]  # unit length, fp32
+    norms: Float[Tensor, " P"]  # before they were brought to unit length; detached
+    scale: Float[Tensor, "1"]  # the factor on cosines, already exponentiated and clamped
+    bias: Float[Tensor, "1"] | None  # added to the scaled cosines of the sigmoid loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How the experts of one layer were used."""
+
+    load: Int[Tensor, " experts"]  # tokens, padding left out, that went to each
+    balance: Float[Tensor, " packs"] | None  # the auxiliary loss of each pack; None without one
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOutput:
     """What the model computes. Logits are never part of it: the loss makes them, a chunk at a time."""
 
     hidden: Float[Tensor, "T D"]  # after the last norm
-    embeddings: Float[Tensor, "P E"]  # unit length, fp32
-    logit_scale: Float[Tensor, "1"]  # the factor on cosines, already exponentiated and clamped
-    output_weight: Float[Tensor, "vocabulary D"]  # logits = hidden @ output_weight.T
+    output_hidden: Float[Tensor, "T D"]  # what the output layer reads: `hidden`, but for BERT's head
+    output_weight: Float[Tensor, "vocabulary D"]  # logits = output_hidden @ output_weight.T + output_bias
+    output_bias: Float[Tensor, " vocabulary"] | None
+    sentence_logits: Float[Tensor, "S 2"] | None  # of segments of two texts: follows, or another's; with BERT's head alone
+    embeddings: Mapping[str, Embeddings]  # by level: backbone, tower
+    routing: tuple[Routing, ...]  # of every layer with experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +324,8 @@ class LossTerm:
     sum: Float[Tensor, ""]  # over this rank's part; carries the graph
     count: int  # over all ranks and all micro-batches of the step
     weight: float
+    rows: Float[Tensor, " n"]  # what `sum` is the sum of; detached
+    documents: Int[Tensor, " n"]  # number within the batch of the document of each row, NOTHING where it is none's
 
     @property
     def value(self) -> Float[Tensor, ""]:

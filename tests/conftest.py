@@ -147,7 +147,7 @@ def four_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def four_config(tiny_config: RunConfig, four_data: Path, tiny_data: Path, tmp_path: Path) -> RunConfig:
-    """A config whose data is a mixture of both corpora. Its model reads pictures and text alone: it is for loading."""
+    """A config whose data is a mixture of both corpora, and whose model reads all four modalities."""
     mixture = {
         "version": 1,
         "name": "both",
@@ -157,8 +157,10 @@ def four_config(tiny_config: RunConfig, four_data: Path, tiny_data: Path, tmp_pa
         ],
     }
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(mixture))
-    data = tiny_config.data.model_copy(update={"spec": str(tmp_path / "both.yaml")})
-    return tiny_config.model_copy(update={"data": data})
+    tree = tiny_config.model_dump()
+    tree["data"]["spec"] = str(tmp_path / "both.yaml")
+    tree["model"] |= {"audio": {"dim": 32, "layers": 1, "n_heads": 2, "ffn_dim": 64}, "video": {}}
+    return parse(tree, where="four_config")
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,9 @@ COMMANDS = (
     "train",
     "eval",
     "eval retrieval",
+    "eval classification",
+    "eval language",
+    "export",
     "report",
     "config",
     "config show",
@@ -261,7 +264,7 @@ def test_a_fault_of_mmpt_s_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("mmpt.config.load", fail)
+    monkeypatch.setattr("mmpt.config.load_either", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["config", "show", DEMO])
 
@@ -270,7 +273,7 @@ def test_a_user_error_of_several_lines(complaint, mmpt, monkeypatch: pytest.Monk
     def fail(*_: object) -> None:
         raise UserError("first\nsecond")
 
-    monkeypatch.setattr("mmpt.config.load", fail)
+    monkeypatch.setattr("mmpt.config.load_either", fail)
     assert mmpt("config", "show", DEMO) == (2, "", "error: first\nerror: second\n")
 
 

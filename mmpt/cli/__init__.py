@@ -8,9 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,27 +16,20 @@ from typer.exceptions import TyperException
 
 from mmpt.cli.base import ConfigPath, Overrides, group
 from mmpt.cli.data import build_emoji, data_app, verify_app
-
-if TYPE_CHECKING:
-    import torch
-
-    from mmpt.config import RunConfig
-    from mmpt.evaluate.embed import Embeddings
-    from mmpt.model.multimodal import MultimodalModel
+from mmpt.cli.evaluate import RunPath, eval_app, report_run
+from mmpt.cli.export import export
 
 DEMO = Path("configs/demo.yaml")
 OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)
 """Operating system errors that a path of the user's causes; any other is a fault of mmpt's and keeps its traceback."""
 
 app = group(help="Pretrain multimodal models on tar shards, and see what they find.", epilog="Start with: mmpt demo")
-eval_app = group(help="Measure a trained run.")
 config_app = group(help="Look at configs.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(verify_app, name="verify")
-
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder: runs/NAME")]
+app.command(epilog="mmpt export runs/demo --to safetensors")(export)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,52 +87,36 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     run_training(load(config, overrides), console=Console())
 
 
-@eval_app.callback()
-def _eval() -> None:
-    """Keeps `retrieval` a command of its own while it is the only one."""
-
-
-@eval_app.command(epilog="mmpt eval retrieval runs/demo --spec data/emoji/spec.yaml")
-def retrieval(
-    run: RunPath,
-    spec: Annotated[Path, typer.Option(metavar="SPEC", help="Data spec, YAML, of the pictures and texts to search.")],
-    split: Annotated[str, typer.Option(help="Split of the spec.")] = "val",
-) -> None:
-    """Find pictures by text, and texts by picture.
-
-    Prints R@1, R@5, R@10 and median rank in both directions, and writes them into the run's folder, under eval/.
-    """
-    _evaluate(run, spec, split)
-
-
 @app.command(epilog="mmpt report runs/demo")
 def report(run: RunPath) -> None:
     """Write a run's report.html.
 
-    One page that opens offline: loss curves, throughput, the config, retrieval on the held-out split of the run's own data,
-    and examples of what the model finds and says.
+    One page that opens offline: loss curves, throughput, the config, retrieval and language on the held-out splits of the run's
+    own data, every other result of `mmpt eval`, and examples of what the model finds and says.
     """
-    _report(run)
+    report_run(run)
 
 
-@config_app.command(epilog="mmpt config show configs/demo.yaml model.transformer.layers=12")
+@config_app.command(
+    epilog="mmpt config show configs/demo.yaml model.transformer.layers=12\n\nmmpt config show configs/models/llama_3_1_8b.yaml"
+)
 def show(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the resolved config.
+    """Print the resolved config of a run, or of a model alone.
 
     Every default is written out; the parameters of the model, part by part, stand below as comments.
     """
     import torch
 
-    from mmpt.config import dump, load
+    from mmpt.config import dump, load_either
     from mmpt.model.multimodal import MultimodalModel, parameter_counts
 
-    resolved = load(config, overrides)
+    resolved = load_either(config, overrides)
     with torch.device("meta"):
-        counts = parameter_counts(MultimodalModel(resolved.model))
+        counts = parameter_counts(MultimodalModel(getattr(resolved, "model", resolved)))
     typer.echo(dump(resolved))
     typer.echo("# parameters")
     for part, count in counts.items():
-        typer.echo(f"# {part:<20} {count:>15,}")
+        typer.echo(f"# {part:<20} {count:>18,}")
 
 
 @config_app.command(epilog="mmpt config schema > run.schema.json")
@@ -177,7 +152,7 @@ def demo() -> None:
     newest = checkpoint.newest(Path("runs") / config.name)
     if newest and checkpoint.read_state(newest)[0].step == config.train.steps:
         typer.echo(f"runs/{config.name} is trained to its last step already; `rm -r runs/{config.name}` starts it anew")
-    _report(run_training(config, console=Console()))
+    report_run(run_training(config, console=Console()))
     typer.echo(f"{time.monotonic() - began:.0f} s in all")
 
 
@@ -188,50 +163,3 @@ def _is_stale(spec: Path) -> bool:
 
     written_by = [Path(module.__file__) for module in (emoji, shards, tokens)]
     return not spec.is_file() or spec.stat().st_mtime < max(path.stat().st_mtime for path in written_by)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Evaluated:
-    """What the report needs of an evaluation beside its result."""
-
-    model: MultimodalModel
-    config: RunConfig
-    spec: Path
-    embeddings: Embeddings
-    device: torch.device
-
-
-def _evaluate(run: Path, spec: Path | None, split: str) -> _Evaluated:
-    """Retrieval by the newest checkpoint of a run, on its own held-out spec if none is given; writes and prints the result."""
-    import torch
-
-    from mmpt.evaluate.zero_shot import evaluate_retrieval, retrieval_table, write_result
-    from mmpt.train.checkpoint import load_model
-    from mmpt.train.evaluation import held_out_spec
-    from mmpt.train.step import autocast
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config, step = load_model(run, str(device))
-    spec = spec or held_out_spec(config)
-    with autocast(config, device):
-        result, embeddings = evaluate_retrieval(model, config, spec, split, device)
-    path = write_result(run, result, config, step, spec, split)
-    Console().print(retrieval_table(result))
-    typer.echo(path)
-    return _Evaluated(model=model, config=config, spec=spec, embeddings=embeddings, device=device)
-
-
-def _report(run: Path) -> None:
-    from mmpt.data.corpus import Corpus
-    from mmpt.data.loader import cache_of
-    from mmpt.data.spec import load_spec
-    from mmpt.evaluate.gallery import gallery
-    from mmpt.evaluate.report import write_report
-    from mmpt.train.evaluation import SPLIT
-    from mmpt.train.step import autocast
-
-    found = _evaluate(run, None, SPLIT)
-    corpus = Corpus.open(load_spec(found.spec), SPLIT, cache_of(found.config.data))
-    with autocast(found.config, found.device):
-        examples = gallery(found.model, found.config, corpus, SPLIT, found.embeddings, found.device)
-    typer.echo(write_report(run, examples))

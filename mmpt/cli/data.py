@@ -13,6 +13,7 @@ from rich.console import Console
 from mmpt.cli.base import Bar, ConfigPath, Overrides, group
 
 if TYPE_CHECKING:
+    from mmpt.config import RunConfig
     from mmpt.data.cache import Cache
     from mmpt.data.tokens import Tokenizer
 
@@ -23,7 +24,10 @@ SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec, YAML.
 AnySpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec or mixture, YAML.")]
 Split = Annotated[str, typer.Option(help="Split of the spec.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
-TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json.")]
+TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or open_clip:NAME.")]
+RunConfigPath = Annotated[
+    Path | None, typer.Option("--config", metavar="CONFIG", help="A run's config: tokens as it would see them.")
+]
 CacheFolder = Annotated[Path, typer.Option("--cache", metavar="DIR", help="For copies of remote shards; 64 GiB at most.")]
 CACHE = Path("~/.cache/mmpt")
 CACHE_BYTES = 64 * 2**30
@@ -72,19 +76,25 @@ def build_emoji(out: Path) -> None:
 
 
 @data_app.command(epilog="mmpt data index data/emoji/spec.yaml --tokenizer data/emoji/tokenizer.json")
-def index(spec: AnySpecPath, tokenizer: TokenizerPath = None, workers: Workers = 2, cache: CacheFolder = CACHE) -> None:
+def index(
+    spec: AnySpecPath,
+    config: RunConfigPath = None,
+    tokenizer: TokenizerPath = None,
+    workers: Workers = 2,
+    cache: CacheFolder = CACHE,
+) -> None:
     """Index shards, all splits of them.
 
     A sidecar is written beside each shard, so that training starts at once: where members lie, what the parts of every
-    document are, and with --tokenizer how many tokens its texts have. What is up to date stays as it is.
+    document are, and with --tokenizer, or the --config that names it, how many tokens its texts have. What is up to date
+    stays as it is.
     """
     from mmpt.data.corpus import Corpus
     from mmpt.data.quarantine import index_faults
     from mmpt.data.spec import load_mixture
-    from mmpt.data.tokens import Tokenizer
 
-    words = Tokenizer.load(tokenizer) if tokenizer else None
-    for one in load_mixture(spec).specs():
+    words = _tokenizer(tokenizer, _run(config))
+    for one in load_mixture(spec).corpora():
         for split in one.split:
             with Bar(f"indexing {one.name}", "shards") as tell:
                 corpus = Corpus.open(one, split, _cache(cache), workers, tell)
@@ -128,18 +138,17 @@ def validate(
 def stats(
     spec: AnySpecPath,
     split: Split = "train",
-    config: Annotated[Path | None, typer.Option(metavar="CONFIG", help="A run's config: tokens as it would see them.")] = None,
+    config: RunConfigPath = None,
     tokenizer: TokenizerPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache: CacheFolder = CACHE,
 ) -> None:
     """Count documents, parts, sizes, seconds and tokens."""
-    from mmpt.config import load
     from mmpt.data.stats import render
     from mmpt.data.stats import stats as count
 
-    run = load(config) if config else None
-    words = _tokenizer(tokenizer or (Path(run.data.tokenizer) if run else None))
+    run = _run(config)
+    words = _tokenizer(tokenizer, run)
     with Bar("indexing", "shards") as tell:
         found = count(spec, split, words, run, _cache(cache), progress=tell)
     if as_json:
@@ -154,10 +163,17 @@ def _cache(folder: Path) -> Cache:
     return Cache(path=folder.expanduser(), max_bytes=CACHE_BYTES)
 
 
-def _tokenizer(path: Path | None) -> Tokenizer | None:
+def _run(config: Path | None) -> RunConfig | None:
+    from mmpt.config import load
+
+    return load(config) if config else None
+
+
+def _tokenizer(path: Path | None, run: RunConfig | None) -> Tokenizer | None:
+    """The tokenizer that was named, else the run's, if there is one."""
     from mmpt.data.tokens import Tokenizer
 
-    return Tokenizer.load(path) if path else None
+    return Tokenizer.load(path) if path else Tokenizer.of(run.data) if run else None
 
 
 @data_app.command(epilog="mmpt data preview data/emoji/spec.yaml --config configs/demo.yaml")

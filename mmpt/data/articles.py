@@ -27,8 +27,8 @@ from mmpt.data.mixture import Slot
 from mmpt.data.plan import keyed_hash
 from mmpt.data.segments import MODALITY
 from mmpt.data.source import Reading, Source
-from mmpt.data.tokens import SPECIALS, Tokenizer
-from mmpt.types import AUDIO, IGNORE, IMAGE, TEXT, VIDEO, Audio, Image, Part, Text, TokenizedDocument, Video
+from mmpt.data.tokens import Tokenizer
+from mmpt.types import AUDIO, IGNORE, IMAGE, MASKED, TEXT, VIDEO, Audio, Image, Part, Text, TokenizedDocument, Video
 
 NAMES = {TEXT: "text", IMAGE: "picture", AUDIO: "sound", VIDEO: "video"}
 PARTS, PIECES, META = 100, 12, 12  # of a document that are shown
@@ -129,7 +129,6 @@ class ArticleWriter:
 
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, augmentation: AugmentConfig, room: Allowance) -> None:
         self.sources, self.tokenizer, self.augmentation, self.room = sources, tokenizer, augmentation, room
-        self.special = {tokenizer.inner.token_to_id(name): name for name in SPECIALS}
 
     def articles(self, packs: Sequence[Sequence[Piece]], documents: int) -> Iterator[Article]:
         """About the first `documents` documents of the packs, in the order of their numbers."""
@@ -175,16 +174,16 @@ class ArticleWriter:
         for number, part in enumerate(parts[:PARTS]):
             if self.room.is_full:
                 return
-            tokens = int(source.tokens[first + number])
-            shown = Shown(
-                name=names[number], kind=NAMES[MODALITY[type(part)]], note=f"{tokens:,} token{'' if tokens == 1 else 's'}"
-            )
+            tokens, rows = int(source.tokens[first + number]), int(source.rows[first + number])
+            count, unit = (rows, "row") if rows and not tokens else (tokens, "token")  # rows: media beside the text, as CLIP's
+            note = f"{count:,} {unit}{'' if count == 1 else 's'}"
+            shown = Shown(name=names[number], kind=NAMES[MODALITY[type(part)]], note=note)
             try:
                 if isinstance(part, Text):
                     shown.text, shown.predicted = self.room.text(part.text, CHARACTERS), part.predict
                 elif isinstance(part, Audio):
                     self._show_sound(shown, source, part)
-                elif tokens:
+                elif rows:
                     self._show_frames(shown, source, part, keyed_hash(document_seed, number))
                 else:
                     shown.note = f"{part.width} × {part.height}, shorter than image.min_side: left out"
@@ -200,7 +199,7 @@ class ArticleWriter:
         else:
             taken = f"seconds {part.clip[0]:g} to {part.clip[1]:g} → {len(source.budget.clip(part))} frames"
             shown.note = f"{size}, {taken} of {width} × {height}, {shown.note}"
-        found = pixels(part, source.budget, seed)
+        found = pixels(part, source.budget, seed, self.augmentation)
         frames = augment(found.frames, torch.full((len(found.times),), seed), self.augmentation)
         labels = [f"{time:.2f} s" for time in found.times] if isinstance(part, Video) else [""]
         shown.frames = [self._frame(frame, label) for frame, label in zip(frames, labels, strict=True)]
@@ -235,7 +234,7 @@ class ArticleWriter:
             name = "row" if pieces == 1 else f"piece {slot.piece + 1} of {pieces}"
             if number:
                 name = f"{_embedded(segment, items)}, contrasted"
-            chips = list(self._chips(segment, items))
+            chips = [*self._chips(segment, items), *_beside(segment, items)]
             self.room.left -= sum(_CHIP_BYTES + len(chip.text.encode()) for chip in chips)
             yield Row(
                 name=name,
@@ -247,25 +246,34 @@ class ArticleWriter:
 
     def _chips(self, segment: TokenizedDocument, items: Mapping[tuple[int, int], str]) -> Iterator[Chip]:
         """The first tokens of a segment; the slots of a medium stand together."""
-        predicted = {position + 1 for position, label in enumerate(segment.labels) if label != IGNORE}
+        predicted = _predicted(segment)
         spans = {span.start: span for span in segment.media}
+        embedding = {embedding.stop - 1 for embedding in segment.embeddings if embedding.stop > embedding.start}
         position = 0
         while position < min(len(segment.tokens), TOKENS):
+            token = segment.tokens[position]
+            kind = "predicted" if position in predicted else "given"
             if span := spans.get(position):
                 chip = Chip(kind=NAMES[span.modality], text=items[span.modality, span.item], count=span.length)
-            elif name := self.special.get(segment.tokens[position]):
-                told = "predicted" if position in predicted else "special"
-                chip = Chip(kind="emb" if name == "<emb>" else told, text=name, count=1)
+            elif segment.task == MASKED and position in predicted:
+                wanted = legible(self.tokenizer.decode([segment.labels[position]]))
+                chip = Chip(kind=kind, text=f"{self._character([token])[0]} → {wanted}", count=1)
+            elif position in embedding or token in self.tokenizer.special:
+                kind = "emb" if position in embedding else kind.replace("given", "special")
+                chip = Chip(kind=kind, text=self.tokenizer.special.get(token, ""), count=1)
             else:
                 text, count = self._character(segment.tokens[position : position + LONGEST])
-                chip = Chip(kind="predicted" if position in predicted else "given", text=text, count=count)
+                chip = Chip(kind=kind, text=text, count=count)
             yield chip
             position += chip.count
 
     def _character(self, tokens: Sequence[int]) -> tuple[str, int]:
         """The text of the first token, or of as many as it takes: a token may hold only some of a character's bytes."""
+        special = self.tokenizer.special
+        if tokens[0] in special:
+            return special[tokens[0]], 1
         for count in range(1, len(tokens) + 1):
-            if tokens[count - 1] in self.special:
+            if tokens[count - 1] in special:
                 break
             text = self.tokenizer.decode(tokens[:count])
             if "\ufffd" not in text:
@@ -298,3 +306,16 @@ def _item_names(reading: Reading, names: Sequence[str]) -> dict[tuple[int, int],
 def _embedded(segment: TokenizedDocument, items: Mapping[tuple[int, int], str]) -> str:
     """What a segment holds that stands for itself."""
     return items[segment.media[0].modality, segment.media[0].item] if segment.media else "text 1"
+
+
+def _predicted(segment: TokenizedDocument) -> set[int]:
+    """Positions whose token is asked for: where it is hidden, or else at the position before it."""
+    shift = 0 if segment.task == MASKED else 1
+    return {position + shift for position, label in enumerate(segment.labels) if label != IGNORE}
+
+
+def _beside(segment: TokenizedDocument, items: Mapping[tuple[int, int], str]) -> Iterator[Chip]:
+    """The media that are embedded, but stand in no row."""
+    for embedding in segment.embeddings:
+        if embedding.start == embedding.stop:
+            yield Chip(kind=NAMES[embedding.modality], text=items[embedding.modality, embedding.item], count=0)

@@ -2,6 +2,8 @@
 
 PART rows --Budget.media--> (tokens, rows) of every part, which plans are made of
 a part    --Budget.frame, sound, clip--> the size to which it is decoded
+
+Without fusion (CLIP) media take no tokens, as they stay out of the shared transformer; their rows are the encoders' work as ever.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from mmpt.config import ModelConfig
+from mmpt.config import AugmentConfig, ModelConfig
 from mmpt.data.media.audio import frames_of
-from mmpt.data.media.images import native_size
+from mmpt.data.media.images import Fit, native_size, random_crop
 from mmpt.data.media.video import frame_count, frame_times
 from mmpt.data.spec import DataSpec
 from mmpt.types import AUDIO, IMAGE, VIDEO, Audio, Image, UserError, Video
@@ -24,17 +26,21 @@ class Budget:
     model: ModelConfig
     spec: DataSpec
 
+    def __post_init__(self) -> None:
+        if self.model.image and self.spec.image.max_pixels < self.unit**2:
+            raise UserError(
+                f"spec {self.spec.path}: image.max_pixels = {self.spec.image.max_pixels} is less than one token of "
+                f"{self.unit} x {self.unit} pixels; raise it"
+            )
+
     @property
     def unit(self) -> int:
         """Side in pixels of the square that becomes one token."""
         return self.model.image.patch * self.model.image.merge
 
-    def __post_init__(self) -> None:
-        if self.spec.image.max_pixels < self.unit**2:
-            raise UserError(
-                f"spec {self.spec.path}: image.max_pixels = {self.spec.image.max_pixels} is less than one token of "
-                f"{self.unit} x {self.unit} pixels; raise it"
-            )
+    def reads(self, kind: int) -> bool:
+        """Whether the model has an encoder for IMAGE, AUDIO or VIDEO. Sizes are asked of such media alone."""
+        return {IMAGE: self.model.image, AUDIO: self.model.audio, VIDEO: self.model.video}[kind] is not None
 
     def frame(self, part: Image | Video) -> tuple[int, int]:
         """Height and width in pixels to which a picture, or a frame, is brought."""
@@ -42,9 +48,11 @@ class Budget:
         heights, widths = self._sizes(np.array([part.width]), np.array([part.height]), side)
         return int(heights[0]), int(widths[0])
 
-    @property
-    def fit(self) -> str:
-        """Square frames are filled up with nothing; native ones have the picture's own shape, to within half a unit."""
+    def fit(self, seed: int, augmentation: AugmentConfig) -> Fit:
+        """How pictures are brought there. Square frames are filled up with nothing, or with a part of the picture; native ones
+        have the picture's own shape, to within half a unit."""
+        if self.model.image.resize == "crop":
+            return random_crop(seed, augmentation.crop)
         return "pad" if self.model.image.resize == "square" else "stretch"
 
     def sound(self, part: Audio) -> int:
@@ -58,31 +66,42 @@ class Budget:
     def media(self, parts: np.ndarray) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " parts"]]:
         """Tokens of every PART, and rows (patches, log-mel frames) that the encoders read for it; 0 for texts.
 
-        A picture below the source's `min_side` has none of either: it is left out of its document.
+        A medium without rows is left out of its document: a picture below the source's `min_side`, and what the model does
+        not read.
         """
         tokens = np.zeros(len(parts), dtype=np.int64)
         rows = np.zeros(len(parts), dtype=np.int64)
-        image, merge = self.model.image, self.model.image.merge
-        for kind, side in ((IMAGE, image.size), (VIDEO, self.model.frame_size)):
-            chosen = parts["kind"] == kind
-            width, height = parts["width"][chosen].astype(np.int64), parts["height"][chosen].astype(np.int64)
-            heights, widths = self._sizes(width, height, side)
-            patches = (heights // image.patch) * (widths // image.patch)
-            if kind == IMAGE:
-                patches = np.where(np.minimum(width, height) < self.spec.image.min_side, 0, patches)
-            else:
-                seconds = parts["stop"][chosen] - parts["start"][chosen]
-                patches = patches * frame_count(seconds, self.spec.video.fps, self.spec.video.max_frames)
-            rows[chosen], tokens[chosen] = patches, patches // merge**2
-        chosen = parts["kind"] == AUDIO
-        rows[chosen] = self._frames(parts["samples"][chosen], parts["rate"][chosen])
-        tokens[chosen] = rows[chosen] // self.model.audio.frames_per_token
-        return tokens, rows
+        for kind, measure in ((IMAGE, self._pictures), (AUDIO, self._sounds), (VIDEO, self._clips)):
+            if self.reads(kind):
+                chosen = parts["kind"] == kind
+                tokens[chosen], rows[chosen] = measure(parts[chosen])
+        return tokens if self.model.fusion else np.zeros_like(tokens), rows
+
+    def _pictures(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        patches = self._patches(parts, self.model.image.size)
+        patches = np.where(np.minimum(parts["width"], parts["height"]) < self.spec.image.min_side, 0, patches)
+        return patches // self.model.image.merge**2, patches
+
+    def _clips(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames are merged in time before they become tokens; the last of them may be fewer."""
+        patches = self._patches(parts, self.model.frame_size)
+        frames = frame_count(parts["stop"] - parts["start"], self.spec.video.fps, self.spec.video.max_frames)
+        steps = -(-frames // self.model.video.merge_frames)
+        return steps * (patches // self.model.image.merge**2), frames * patches
+
+    def _sounds(self, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        frames = self._frames(parts["samples"], parts["rate"])
+        return frames // self.model.audio.frames_per_token, frames
+
+    def _patches(self, parts: np.ndarray, side: int) -> np.ndarray:
+        """Of a frame."""
+        heights, widths = self._sizes(parts["width"].astype(np.int64), parts["height"].astype(np.int64), side)
+        return (heights // self.model.image.patch) * (widths // self.model.image.patch)
 
     def _sizes(self, width: np.ndarray, height: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.model.image.resize == "square":
-            return np.full_like(height, side), np.full_like(width, side)
-        return native_size(width, height, unit=self.unit, max_pixels=min(side**2, self.spec.image.max_pixels))
+        if self.model.image.resize == "native":
+            return native_size(width, height, unit=self.unit, max_pixels=min(side**2, self.spec.image.max_pixels))
+        return np.full_like(height, side), np.full_like(width, side)
 
     def _frames(self, samples: np.ndarray, rate: np.ndarray) -> np.ndarray:
         """Rounded up to whole tokens: what a sound lacks of its last one is silence."""
@@ -92,7 +111,9 @@ class Budget:
     @property
     def signature(self) -> str:
         """Everything that the sizes depend on, beside the index."""
-        image, audio = self.model.image, self.model.audio
-        ours = (image.size, image.resize, image.patch, image.merge, audio.frames_per_token, self.model.frame_size)
+        image, audio, video = self.model.image, self.model.audio, self.model.video
+        pictures = (image.size, image.resize, image.patch, image.merge) if image else ()
+        clips = (self.model.frame_size, video.merge_frames) if video else ()
+        ours = self.model.fusion, pictures, audio.frames_per_token if audio else (), clips
         limits = (str(section.model_dump()) for section in (self.spec.image, self.spec.audio, self.spec.video))
         return " ".join(map(str, (*ours, *limits)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpt.config import ModelConfig
+from mmpt.data.positions import Grid, positions
 from mmpt.types import (
     AUDIO,
     IGNORE,
@@ -22,6 +25,7 @@ from mmpt.types import (
     LoadReport,
     MediaBatch,
     PackedBatch,
+    Segments,
     TokenizedDocument,
 )
 
@@ -48,21 +52,28 @@ class PackEntry:
     items: Mapping[int, Sequence[Item | None]]  # by modality; None for one that could not be decoded
 
 
+def row_widths(model: ModelConfig) -> dict[int, tuple[int, torch.dtype]]:
+    """Values of a row of each modality, and their type; none where the model has no encoder."""
+    patch = 3 * model.image.patch**2 if model.image else 0
+    bins = model.audio.mel_bins if model.audio else 0
+    return {IMAGE: (patch, torch.uint8), AUDIO: (bins, torch.float32), VIDEO: (patch if model.video else 0, torch.uint8)}
+
+
 def collate(
     packs: Sequence[Sequence[PackEntry]],
     *,
-    widths: Mapping[int, tuple[int, torch.dtype]],
+    model: ModelConfig,
     pack_tokens: int,
     pad: int,
     state: LoaderState,
     report: LoadReport,
 ) -> PackedBatch:
-    """The packs end to end, each padded to `pack_tokens`. `widths`: values of a row of each modality, and their type.
+    """The packs end to end, each padded to `pack_tokens`, as `model` reads them.
 
     The slots of a medium that could not be decoded have no features, and its embedding is left out: what remains are tokens
     without loss, as many as were planned.
     """
-    rows = _Rows(len(packs) * pack_tokens, pad)
+    rows = _Rows(len(packs) * pack_tokens, pad, model)
     for number, pack in enumerate(packs):
         total = sum(entry.tokens for entry in pack)
         assert total <= pack_tokens, f"a pack holds {total} tokens, more than {pack_tokens}"
@@ -70,18 +81,24 @@ def collate(
         for entry in pack:
             rows.add(entry)
     entries = [entry for pack in packs for entry in pack]
-    slots = torch.tensor(rows.slots, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-    media = {modality: _media_batch(entries, modality, *widths[modality]) for modality in MEDIA}
+    media = {modality: _media_batch(entries, modality, *width) for modality, width in row_widths(model).items()}
     return PackedBatch(
         **{name: torch.from_numpy(values) for name, values in rows.finished().items()},
         images=media[IMAGE],
         audios=media[AUDIO],
         videos=media[VIDEO],
-        slots=EmbeddingSlots(modality=slots[0], pair=slots[1], content=slots[2]),
+        slots=EmbeddingSlots(**_columns(rows.slots, "modality", "item", "pair", "content")),
+        segments=Segments(**_columns(rows.segments, "document", "task", "next_sentence")),
+        packs=len(packs),
         provenance=tuple(entry.ref for entry in entries),
         state=state,
         report=report,
     )
+
+
+def _columns(rows: Sequence[tuple[int, ...]], *names: str) -> dict[str, Tensor]:
+    columns = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(names)).T.contiguous()
+    return dict(zip(names, columns, strict=True))
 
 
 def _media_batch(entries: Sequence[PackEntry], modality: int, width: int, dtype: torch.dtype) -> MediaBatch:
@@ -96,59 +113,77 @@ def _media_batch(entries: Sequence[PackEntry], modality: int, width: int, dtype:
     )
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A decoded item within its batch."""
+
+    item: int  # number among the batch's items of its modality
+    feature: int  # number of its first feature among those
+    grid: Grid  # of its features
+
+
 class _Rows:
     """The per-token arrays of a batch in the making, and what they point at."""
 
-    def __init__(self, length: int, pad: int) -> None:
-        fills = {"tokens": pad, "labels": IGNORE, "position_ids": 0, "document_ids": NOTHING}
+    def __init__(self, length: int, pad: int, model: ModelConfig) -> None:
+        fills = {"tokens": pad, "labels": IGNORE, "token_types": 0, "document_ids": NOTHING}
         fills |= {"media_index": NOTHING, "pool_index": NOTHING}
         self.arrays = {name: np.full(length, fill, dtype=np.int64) for name, fill in fills.items()}
+        self.axes = 3 if model.transformer.rope_sections else 1
+        self.arrays["position_ids"] = np.zeros((self.axes, length), dtype=np.int64)
+        self.model = model
         self.position = 0
-        self.segments = 0
         self.documents = 0
         self.spans: dict[int, list[tuple[slice, int]]] = {modality: [] for modality in MEDIA}  # slots, first feature
-        self.features = dict.fromkeys(MEDIA, 0)
-        self.slots: list[tuple[int, int, int]] = []  # modality, pair, content
+        self.items, self.features = dict.fromkeys(MEDIA, 0), dict.fromkeys(MEDIA, 0)
+        self.slots: list[tuple[int, int, int, int]] = []  # modality, item, pair, content
+        self.segments: list[tuple[int, int, int]] = []  # document, task, next_sentence
 
     def add(self, entry: PackEntry) -> None:
         end = self.position + entry.tokens
-        first = self._first_features(entry)
+        shown = self._shown(entry)
         for segment in entry.segments:
-            self._add_segment(segment, first)
+            self._add_segment(segment, shown)
         assert not entry.segments or self.position == end, f"{entry.ref.key} has other than {entry.tokens} tokens"
         self.position = end
         self.documents += 1
 
-    def _first_features(self, entry: PackEntry) -> dict[int, list[int | None]]:
-        """Where the features of each item begin within those of its modality."""
-        lengths = {(span.modality, span.item): span.length for segment in entry.segments for span in segment.media}
-        first: dict[int, list[int | None]] = {}
+    def _shown(self, entry: PackEntry) -> dict[tuple[int, int], _Shown]:
+        """The decoded items of a document, by modality and number within it."""
+        shown = {}
         for modality, items in entry.items.items():
-            first[modality] = []
             for number, item in enumerate(items):
-                first[modality].append(None if item is None else self.features[modality])
                 if item is not None:
-                    self.features[modality] += lengths[modality, number]
-        return first
+                    grid = token_grid(self.model, modality, item.grid)
+                    shown[modality, number] = _Shown(self.items[modality], self.features[modality], grid)
+                    self.items[modality] += 1
+                    self.features[modality] += math.prod(grid)
+        return shown
 
-    def _add_segment(self, segment: TokenizedDocument, first: Mapping[int, Sequence[int | None]]) -> None:
+    def _add_segment(self, segment: TokenizedDocument, shown: Mapping[tuple[int, int], _Shown]) -> None:
         start, length = self.position, len(segment.tokens)
         here = slice(start, start + length)
         self.arrays["tokens"][here] = segment.tokens
         self.arrays["labels"][here] = segment.labels
-        self.arrays["position_ids"][here] = np.arange(length)
-        self.arrays["document_ids"][here] = self.segments
+        self.arrays["document_ids"][here] = len(self.segments)
+        if segment.second is not None:
+            self.arrays["token_types"][start + segment.second : start + length] = 1
+        grids = {}
         for span in segment.media:
-            feature = first[span.modality][span.item]
-            if feature is not None:
+            if found := shown.get((span.modality, span.item)):
+                assert math.prod(found.grid) == span.length, f"{span.length} slots for a medium of {found.grid} tokens"
+                grids[span.start] = found.grid
                 slots = slice(start + span.start, start + span.start + span.length)
-                self.spans[span.modality].append((slots, feature))
+                self.spans[span.modality].append((slots, found.feature))
+        self.arrays["position_ids"][:, here] = positions(length, self.axes, grids)
         for embedding in segment.embeddings:
-            if embedding.modality == TEXT or first[embedding.modality][segment.media[0].item] is not None:
-                self.arrays["pool_index"][start + embedding.position] = len(self.slots)
-                self.slots.append((embedding.modality, self.documents, embedding.content))
+            found = shown.get((embedding.modality, embedding.item))
+            if embedding.modality == TEXT or found:
+                self.arrays["pool_index"][start + embedding.start : start + embedding.stop] = len(self.slots)
+                item = found.item if found else NOTHING
+                self.slots.append((embedding.modality, item, self.documents, embedding.content))
+        self.segments.append((self.documents, segment.task, segment.next_sentence))
         self.position += length
-        self.segments += 1
 
     def finished(self) -> dict[str, np.ndarray]:
         """The arrays, now that it is known how many features stand before those of each modality."""
@@ -158,3 +193,12 @@ class _Rows:
                 self.arrays["media_index"][slots] = np.arange(base + feature, base + feature + slots.stop - slots.start)
             base += self.features[modality]
         return self.arrays
+
+
+def token_grid(model: ModelConfig, modality: int, rows: tuple[int, int, int]) -> Grid:
+    """Tokens of an item along time, height and width, of its rows along these."""
+    time, height, width = rows
+    if modality == AUDIO:
+        return time // model.audio.frames_per_token, 1, 1
+    steps = -(-time // model.video.merge_frames) if modality == VIDEO else time
+    return steps, height // model.image.merge, width // model.image.merge

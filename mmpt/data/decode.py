@@ -25,12 +25,13 @@ from mmpt.data.media.video import Claim, decode_video
 from mmpt.data.segments import MODALITY
 from mmpt.types import Audio, Image, Video
 
+UNCHANGED = AugmentConfig()
 SLACK = 0.2  # seconds that a sound may be shorter than its document says: codecs differ in what they cut off
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """Frames of a picture (one) or a clip, premultiplied RGBA, not yet augmented."""
+    """Frames of a picture (one) or a clip, premultiplied RGBA, cropped but not otherwise augmented yet."""
 
     frames: UInt8[Tensor, "F 4 H W"]
     times: Sequence[float]  # seconds into the file, one a frame
@@ -45,14 +46,15 @@ def check_bytes(part: Image | Audio | Video) -> None:
         raise BadMedia("crc", "its bytes have changed since it was indexed")
 
 
-def pixels(part: Image | Video, budget: Budget, seed: int) -> Pixels:
-    """Decode to the planned size. Raises BadMedia."""
+def pixels(part: Image | Video, budget: Budget, seed: int, augmentation: AugmentConfig = UNCHANGED) -> Pixels:
+    """Decode to the planned size; a random crop is drawn for `seed`. Raises BadMedia."""
     check_bytes(part)
     height, width = budget.frame(part)
+    fit = budget.fit(seed, augmentation)
     if isinstance(part, Image):
-        return Pixels(frames=decode_image(part.data, height, width, fit=budget.fit)[None], times=(0.0,), seed=seed)
+        return Pixels(frames=decode_image(part.data, height, width, fit=fit)[None], times=(0.0,), seed=seed)
     claim = Claim(part.width, part.height, part.clip[1])
-    frames, times = decode_video(part.data, budget.clip(part), height, width, fit=budget.fit, claim=claim)
+    frames, times = decode_video(part.data, budget.clip(part), height, width, fit=fit, claim=claim)
     return Pixels(frames=frames, times=times, seed=seed)
 
 

@@ -8,6 +8,7 @@ a loader made with that state goes on with the batches that would have come next
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mmpt.config import AugmentConfig, DataConfig, RunConfig
+from mmpt.config import AugmentConfig, DataConfig, ModelConfig, RunConfig
 from mmpt.data.budget import Budget
 from mmpt.data.cache import Cache
 from mmpt.data.corpus import Corpus
@@ -32,9 +33,9 @@ from mmpt.data.source import Source
 from mmpt.data.spec import MixturePart, load_mixture
 from mmpt.data.tokens import Tokenizer
 from mmpt.data.workers import Workers
-from mmpt.types import AUDIO, IMAGE, VIDEO, LoaderState, LoadReport, PackedBatch, PlanCursor, UserError
+from mmpt.types import AUDIO, IMAGE, TEXT, VIDEO, LoaderState, LoadReport, PackedBatch, PlanCursor, UserError
 
-_TOKEN_BYTES = (6 + 3 + 5) * 8  # of a token in a PackedBatch, which may be an embedding slot, and all of a medium, as well
+_TOKEN_BYTES = (9 + 4 + 3 + 5) * 8  # of a token in a PackedBatch, which may be an embedding slot, a segment and a medium as well
 _SMALL_BYTES = 1 << 20  # what else a batch has: where its documents come from, and the gaps between tensors
 TRAIN = "train"
 
@@ -59,7 +60,7 @@ class Loader:
         data = config.data
         if data.packs_per_batch % world_size:
             raise UserError(f"data.packs_per_batch = {data.packs_per_batch}: {world_size} ranks need a multiple of {world_size}")
-        tokenizer = Tokenizer.load(Path(data.tokenizer))
+        tokenizer = Tokenizer.of(data)
         mixture = load_mixture(data.spec)
         sources = open_sources(config, tokenizer)
         self.plan = plan_of(sources, data, mixture.unit)
@@ -148,20 +149,34 @@ def make_source(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, part: M
         raise UserError(f"model.vocabulary = {config.model.vocabulary}: the tokenizer has {len(tokenizer)} tokens; raise it")
     faults = index_faults(corpus)
     refuse_too_many(corpus.name, len(faults), len(corpus), corpus.spec.on_bad, faults)
+    _refuse_missing_tokens(corpus, tokenizer, config)
     part = part or MixturePart(spec=str(corpus.spec.path), weight=1.0)
     return Source(corpus, tokenizer, Budget(config.model, corpus.spec), part, config.data)
+
+
+def _refuse_missing_tokens(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> None:
+    has_media = bool((corpus.parts["kind"] != TEXT).any())
+    for role, is_wanted in (("emb", has_media), ("media", has_media and config.model.fusion)):
+        if is_wanted and getattr(tokenizer, role) is None:
+            mend = f"name one of its tokens as data.special_tokens.{role}" if config.model.fusion else "take another tokenizer"
+            raise UserError(
+                f"data.tokenizer = {config.data.tokenizer}: it has no token {role}, and source {corpus.name} has media; {mend}, "
+                f"or write model.fusion: false where media stay out of the shared transformer"
+            )
 
 
 def cache_of(data: DataConfig) -> Cache:
     return Cache(path=Path(data.cache).expanduser(), max_bytes=int(data.cache_gib * 2**30))
 
 
-def sequential_batches(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> Iterator[PackedBatch]:
-    """Every document of `corpus` once, in order, pictures unchanged on white: for evaluation.
+def sequential_batches(
+    corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, part: MixturePart | None = None
+) -> Iterator[PackedBatch]:
+    """Every document of `corpus` once, in order, pictures unchanged on white: for evaluation, of the task of `part` if given.
 
     Documents that the index knows as faulty are left out; what turns out faulty is masked, and in the batch's report.
     """
-    source = make_source(corpus, tokenizer, config)
+    source = make_source(corpus, tokenizer, config, part)
     numbers = np.arange(len(corpus))
     lengths = source.tokens_of(np.zeros_like(numbers), numbers).tolist()
     placed = [found for number, length in enumerate(lengths) for found in _slots(source, number, length)]
@@ -222,12 +237,30 @@ def refuse_changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> None
 
 def _batch_bytes(config: RunConfig, world_size: int, sources: list[Source]) -> int:
     """The most that the tensors of a rank's batch take."""
-    data, image, audio = config.data, config.model.image, config.model.audio
-    patch, mel = 3 * image.patch**2, 4 * (audio.mel_bins + 1)  # bytes of a row, the time of a log-mel frame included
-    rows = {IMAGE: (patch, image.merge**2), VIDEO: (patch, image.merge**2), AUDIO: (mel, audio.frames_per_token)}  # of a token
-    present = [rows[modality] for modality in rows if any(source.has_media(modality) for source in sources)]
-    media = max((size * (data.pack_media or data.pack_tokens * count) for size, count in present), default=0)
+    data = config.data
+    media = max((_row_bytes(config.model, source) * _most_rows(config, source) for source in sources), default=0)
     return data.packs_per_batch // world_size * (data.pack_tokens * _TOKEN_BYTES + media) + _SMALL_BYTES
+
+
+def _row_bytes(model: ModelConfig, source: Source) -> int:
+    """Of the largest row of a source's media, the time of a log-mel frame included."""
+    patch = 3 * model.image.patch**2 if model.image else 0
+    sizes = {IMAGE: patch, VIDEO: patch, AUDIO: 4 * (model.audio.mel_bins + 1) if model.audio else 0}
+    return max((size for modality, size in sizes.items() if source.has_media(modality)), default=0)
+
+
+def _most_rows(config: RunConfig, source: Source) -> int:
+    """Media rows of a pack that holds documents of one source alone."""
+    data, model = config.data, config.model
+    if data.pack_media:
+        return data.pack_media
+    if not model.fusion:  # media take no tokens: how many come into a pack depends on the texts beside them
+        lengths = np.maximum(np.minimum(source.lengths, source.reversed_lengths), 1)
+        return math.ceil(data.pack_tokens * float((source.media_rows / lengths).max()))
+    patches = model.image.merge**2 if model.image else 0
+    of_token = {IMAGE: patches, VIDEO: patches * model.video.merge_frames if model.video else 0}
+    of_token[AUDIO] = model.audio.frames_per_token if model.audio else 0
+    return data.pack_tokens * max((rows for modality, rows in of_token.items() if source.has_media(modality)), default=0)
 
 
 def _prefetch(data: DataConfig, batch_bytes: int) -> int:

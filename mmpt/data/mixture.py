@@ -17,23 +17,25 @@ from itertools import repeat
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from mmpt.types import SourceCursor, UserError
 
 _log = logging.getLogger("mmpt.data")
 _WINDOWS_AHEAD = 16  # fetched at once from a source: calls into numpy cost the same for one document as for hundreds
 
+IN_PIECES = -1
 _ENDLESS = 2**62  # documents, where max_epochs sets no limit
 
 
 class Drawn(NamedTuple):
-    """What stands at consecutive positions of a source's stream; int64 throughout."""
+    """What stands at consecutive positions of a source's stream."""
 
     epochs: Int[np.ndarray, " n"]
     documents: Int[np.ndarray, " n"]  # numbers within the source
     tokens: Int[np.ndarray, " n"]  # 0 for a document that is left out
     media: Int[np.ndarray, " n"]
+    in_pieces: Bool[np.ndarray, " n"] | None = None  # documents that go in pieces though no capacity asks for it; None: no such
 
 
 class PlanSource(Protocol):
@@ -49,7 +51,7 @@ class PlanSource(Protocol):
         """What stands at these positions of the stream, which runs through the epochs without a seam."""
 
     def pieces(self, document: int, epoch: int) -> list[tuple[int, int]]:
-        """(tokens, media) of each piece of a document that is over a capacity; every piece fits."""
+        """(tokens, media) of each piece of a document that goes in pieces; every piece fits."""
 
 
 class Slot(NamedTuple):
@@ -58,7 +60,7 @@ class Slot(NamedTuple):
     source: int  # number within the mixture
     document: int  # number within the source
     epoch: int
-    piece: int  # 0 for a document that is whole
+    piece: int  # 0 for a document that is whole; as drawn, IN_PIECES for one that is not to be
     tokens: int
 
 
@@ -173,7 +175,8 @@ class _Stream:
             return
         drawn = self.source.draw(np.arange(position, position + ahead))
         self.first, self.tokens, self.media = position, drawn.tokens.tolist(), drawn.media.tolist()
-        fields = zip(repeat(self.number), drawn.documents.tolist(), drawn.epochs.tolist(), repeat(0), self.tokens, strict=False)
+        pieces = repeat(0) if drawn.in_pieces is None else (IN_PIECES * drawn.in_pieces.astype(np.int64)).tolist()
+        fields = zip(repeat(self.number), drawn.documents.tolist(), drawn.epochs.tolist(), pieces, self.tokens, strict=False)
         self.slots = list(map(partial(tuple.__new__, Slot), fields))  # what Slot._make does, at a third of its time
 
 

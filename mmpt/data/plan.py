@@ -207,11 +207,11 @@ class Plan:
         return [[slots[i] for i in bins[number]] for number in order.tolist()]
 
     def _fitting(self, draws: Draws) -> tuple[list[Slot], list[int]]:
-        """Slots that each fit a pack, and their media: without empty documents, and pieces for those over a capacity."""
+        """Slots that each fit a pack, and their media: without empty documents, and pieces for those that go in pieces."""
         most = math.inf if self.pack_media is None else self.pack_media
         slots, media = [], []
         for slot, items in zip(draws.slots, draws.media, strict=True):
-            if 0 < slot.tokens <= self.pack_tokens and items <= most:
+            if 0 < slot.tokens <= self.pack_tokens and items <= most and not slot.piece:
                 slots.append(slot)
                 media.append(items)
             elif slot.tokens:

@@ -24,7 +24,7 @@ from mmpt.data.quarantine import index_faults
 from mmpt.data.source import Source
 from mmpt.data.spec import load_mixture
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import UserError
+from mmpt.types import TEXT, UserError
 
 FEWEST_PACKS, MOST_PACKS = 6, 16
 PAGE_BYTES = 28 * 2**20  # of the documents; packs and style take little beside them
@@ -38,7 +38,7 @@ def preview(config: RunConfig, out: Path, *, spec: Path, split: str = TRAIN, doc
     in training. The page has 30 MiB at most: documents beyond that are left out. Raises UserError as `open_sources` does.
     """
     config = config.model_copy(update={"data": config.data.model_copy(update={"spec": str(spec)})})
-    mixture, tokenizer = load_mixture(spec), Tokenizer.load(config.data.tokenizer)
+    mixture, tokenizer = load_mixture(spec), Tokenizer.of(config.data)
     sources = open_sources(config, tokenizer, split)
     packs = first_packs(sources, config, mixture.unit, documents)
     augmentation = config.data.augment if split == TRAIN else AugmentConfig()
@@ -52,7 +52,7 @@ def preview(config: RunConfig, out: Path, *, spec: Path, split: str = TRAIN, doc
         vocabulary=len(tokenizer),
         unit=mixture.unit,
         figures=[_figures(source) for source in sources],
-        is_augmented=any(augmentation.model_dump().values()),
+        is_augmented=augmentation != AugmentConfig(),
         packs=packs,
         articles=list(writer.articles(packs, documents)),
         faults=[(fault, legible(fault.detail[:WORDS])) for fault in faults[:FAULTS]],
@@ -77,6 +77,8 @@ def _figures(source: Source) -> dict[str, Any]:
     sums = np.bincount(source.corpus.parts["kind"], weights=source.tokens, minlength=len(NAMES))
     tokens = {name: int(sums[modality]) for modality, name in NAMES.items()}
     total = int(source.lengths.sum(dtype=np.int64))
+    said = NAMES[TEXT]  # of which CLIP takes no more than its longest segment holds
+    tokens[said] = min(tokens[said], total - sum(count for name, count in tokens.items() if name != said))
     rest = total - sum(tokens.values())  # <bos>, <eos>, <emb>, and what stands there a second time to be contrasted
     return {"name": source.name, "documents": source.size, "weight": source.weight, **tokens, "rest": rest, "total": total}
 

@@ -1,6 +1,6 @@
 """A worker's work: the packs of a request, read, decoded and collated.
 
-Request --Source.read, decode--> PackEntry of every slot --collate--> PackedBatch
+Request --Source.read, decode--> PackEntry of every slot --exchange of second texts, collate--> PackedBatch
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, field, replace
 
 from mmpt.config import AugmentConfig, RunConfig
 from mmpt.data.collate import Item, PackEntry, collate
@@ -20,6 +18,7 @@ from mmpt.data.faults import BadMedia
 from mmpt.data.mixture import Slot
 from mmpt.data.plan import keyed_hash
 from mmpt.data.segments import MODALITY
+from mmpt.data.sentences import exchange
 from mmpt.data.source import Reading, Source
 from mmpt.types import AUDIO, IMAGE, NOTHING, VIDEO, Audio, DocumentRef, Fault, LoaderState, LoadReport, PackedBatch
 
@@ -66,12 +65,6 @@ class Reader:
     ) -> None:
         self.sources, self.config, self.augmentation, self.finish = sources, config, augmentation, finish
         self.tokenizer = sources[0].tokenizer
-        patch = 3 * config.model.image.patch**2
-        self.widths = {
-            IMAGE: (patch, torch.uint8),
-            AUDIO: (config.model.audio.mel_bins, torch.float32),
-            VIDEO: (patch, torch.uint8),
-        }
 
     def __call__(self, request: Request) -> PackedBatch:
         """Raises UserError where the disk or the network keeps failing, or a shard was cut."""
@@ -81,23 +74,43 @@ class Reader:
     def _read(self, request: Request) -> PackedBatch:
         batch = _Batch()
         for number, slots in enumerate(request.packs, start=request.first_pack):
-            position, entries = 0, []
-            for slot in slots:
-                entries.append(self._entry(batch, slot, number, position))
-                position += slot.tokens
-            batch.packs.append(entries)
+            batch.packs.append(self._pack(batch, slots, number))
+        image = self.config.model.image
         with batch.timed("image"):
-            items = finish_pictures([found for *_, found in batch.pictures], self.config.model.image.patch, self.augmentation)
+            items = finish_pictures([found for *_, found in batch.pictures], image.patch if image else 0, self.augmentation)
         for (into, modality, place, _), item in zip(batch.pictures, items, strict=True):
             into[modality][place] = item
         return collate(
             batch.packs,
-            widths=self.widths,
+            model=self.config.model,
             pack_tokens=self.config.data.pack_tokens,
             pad=self.tokenizer.pad,
             state=request.state,
             report=LoadReport(milliseconds=dict(batch.clock), tokens=dict(batch.tokens), faults=tuple(batch.faults)),
         )
+
+    def _pack(self, batch: _Batch, slots: Sequence[Slot], number: int) -> list[PackEntry]:
+        entries, position = [], 0
+        for slot in slots:
+            entries.append(self._entry(batch, slot, number, position))
+            position += slot.tokens
+        return self._exchanged(entries) if any(source.form.pairs for source in self.sources) else entries
+
+    def _exchanged(self, entries: Sequence[PackEntry]) -> list[PackEntry]:
+        """The documents of a pack, of which some have the second text of another: see `sentences`."""
+        pairs = [i for i, entry in enumerate(entries) if entry.segments and entry.segments[0].second is not None]
+        rows, refs = [entries[i].segments[0] for i in pairs], [entries[i].ref for i in pairs]
+        # Not the reference's seed alone: all pieces of a document have it.
+        seeds = [keyed_hash(ref.seed, ref.piece) for ref in refs]
+        owners = [(ref.source, ref.key) for ref in refs]
+        changed = dict(zip(pairs, exchange(rows, seeds, owners, self.sources[0].form.longest), strict=True))
+        placed, position = [], 0
+        for i, entry in enumerate(entries):
+            if i in changed:
+                entry = replace(entry, segments=(changed[i],), tokens=len(changed[i].tokens))
+            placed.append(replace(entry, ref=replace(entry.ref, position=position)))
+            position += entry.tokens
+        return placed
 
     def _entry(self, batch: _Batch, slot: Slot, pack: int, position: int) -> PackEntry:
         source = self.sources[slot.source]
@@ -126,7 +139,7 @@ class Reader:
                     if isinstance(part, Audio):
                         items[modality][-1] = sound(part, source.budget)
                     else:
-                        found = pixels(part, source.budget, keyed_hash(reading.seed, number))
+                        found = pixels(part, source.budget, keyed_hash(reading.seed, number), self.augmentation)
                         batch.pictures.append((items, modality, len(items[modality]) - 1, found))
             except BadMedia as error:
                 batch.faults.append(_fault(source, slot, reading.key, number, error))

@@ -1,27 +1,41 @@
 """Documents to token segments, and the arithmetic of their lengths.
 
-    parts, their token counts --tokenize--> segments of a document      lengths: `document_lengths`, for all documents at once
-                              --split, tokenize_piece--> pieces of one that is longer than a pack
+    parts, their costs --Segmenter.document--> segments of a document    lengths: `document_lengths`, for all documents at once
+                       --split, Segmenter.piece--> a piece of one that is longer than a segment may be: see `pieces`
 
-A document's first segment is its interleaved row. Every further segment encodes one contrasted side that the row would
-show the other, on its own. All segments of a document lie in one pack, one behind the other. A document that is split has
-no contrasted sides: its pieces are read for their next tokens alone.
+A document's first segment is its interleaved row, in which its task is set. Every further segment encodes one contrasted side
+that the row would show another, on its own. All segments of a document lie in one pack, one behind the other. A document that
+is split has no contrasted sides: its pieces are read for their task alone.
+
+Without fusion a document is one segment, its first text, and media stand beside it, not in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
+from mmpt.data.form import Form
+from mmpt.data.masking import hide, word_ids
+from mmpt.data.pieces import Costs, Run
+from mmpt.data.plan import keyed_hash
+from mmpt.data.sentences import middle
+from mmpt.data.spans import corrupt
 from mmpt.data.tokens import Tokenizer
 from mmpt.types import (
     AUDIO,
     IGNORE,
     IMAGE,
+    MASKED,
+    NOTHING,
+    SPAN,
     TEXT,
     VIDEO,
     Audio,
@@ -37,25 +51,43 @@ from mmpt.types import (
 MODALITY = {Text: TEXT, Image: IMAGE, Audio: AUDIO, Video: VIDEO}
 
 
-def document_lengths(
-    is_text: Bool[np.ndarray, " parts"],
-    tokens: Int[np.ndarray, " parts"],
-    first_part: Int[np.ndarray, " documents_plus_1"],
-    reverse: bool = False,
-) -> Int[np.ndarray, " documents"]:
-    """Tokens of all segments of every document, as `tokenize` makes them; 0 for a document without parts.
+class Lengths(NamedTuple):
+    """Of documents, in tokens; 0 for one that has nothing to show."""
 
-    `tokens` of a text are those of its words, of a medium its slots: 0 leaves it out. `reverse`: parts stand last to first.
-    """
-    kept = is_text | (tokens > 0)
-    texts, media = _sums(is_text * (tokens + 2), first_part), _sums(tokens * ~is_text, first_part)
-    first = _last(kept, first_part) if reverse else _first(kept, first_part)
-    leads = np.append(~is_text, False)[first]  # a medium stands first, and is embedded in the row
-    first_text, first_medium = (_first(chosen, first_part) for chosen in (is_text, kept & ~is_text))
-    both = (first_text < len(tokens)) & (first_medium < len(tokens))
-    padded = np.append(tokens, 0)
-    sides = padded[first_text] + 2 + np.where(leads, 0, padded[first_medium] + 1)
-    return texts + media + leads + np.where(both, sides, 0)
+    total: Int[np.ndarray, " documents"]  # all segments
+    row: Int[np.ndarray, " documents"]  # the longest of them
+
+
+def document_lengths(
+    form: Form, costs: Costs, first_part: Int[np.ndarray, " documents_plus_1"], reverse: bool = False
+) -> Lengths:
+    """Of every document, as `Segmenter.document` makes it. `reverse`: parts stand last to first."""
+    is_text = costs.kind == TEXT
+    kept = is_text | (costs.rows > 0)
+    chosen = {modality: kept & (costs.kind == modality) for modality in (TEXT, IMAGE, AUDIO, VIDEO)}
+    firsts = {modality: _first(each, first_part, reverse) for modality, each in chosen.items() if each.any()}
+    exists = {modality: first < len(is_text) for modality, first in firsts.items()}
+    tokens, kinds = np.append(costs.tokens, 0), np.append(costs.kind, TEXT)  # those of no part are none
+    has_text = exists.get(TEXT, np.zeros(len(first_part) - 1, dtype=bool))
+    has_media = sum((found for modality, found in exists.items() if modality != TEXT), np.zeros_like(has_text))
+    if not form.fusion:
+        words = tokens[firsts[TEXT]] if TEXT in firsts else 0
+        row = np.where(has_text, np.minimum(words + 2, form.longest), has_media)
+        return Lengths(row, row)
+    row = _sums(is_text * form.text_tokens(costs.tokens, costs.predict) + ~is_text * costs.tokens, first_part)
+    if form.pairs:
+        row = np.where(has_text & ~has_media, _sums(is_text * costs.tokens, first_part) + 3, row)
+    first = _first(kept, first_part, reverse)
+    leads = kinds[first] != TEXT  # a medium stands first, and is embedded in the row
+    if not form.is_causal:
+        leads &= _sums(kept, first_part) == 1
+    row = row + leads
+    total = row.copy()
+    several = sum(found.astype(np.int64) for found in exists.values()) > 1
+    for modality, found in exists.items():
+        aside = several & found & ~(leads & (firsts[modality] == first))
+        total += aside * (tokens[firsts[modality]] + (2 if modality == TEXT else 1))
+    return Lengths(total, row)
 
 
 def _sums(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -63,171 +95,226 @@ def _sums(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0], np.cumsum(values)])[edges])
 
 
-def _first(chosen: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Position of the first chosen one between neighboring edges; len(chosen) where there is none."""
-    positions = np.append(np.flatnonzero(chosen), len(chosen))
-    found = positions[np.searchsorted(positions, edges[:-1]).clip(max=len(positions) - 1)]
-    return np.where(found < edges[1:], found, len(chosen))
+def _first(chosen: np.ndarray, edges: np.ndarray, reverse: bool) -> np.ndarray:
+    """Position of the first chosen one between neighboring edges, or the last; len(chosen) where there is none."""
+    found = np.flatnonzero(chosen)
+    if reverse:
+        positions = np.append(-1, found)[np.searchsorted(found, edges[1:])]
+        return np.where(positions >= edges[:-1], positions, len(chosen))
+    positions = np.append(found, len(chosen))[np.searchsorted(found, edges[:-1])]
+    return np.where(positions < edges[1:], positions, len(chosen))
 
 
-def _last(chosen: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    positions = np.append(-1, np.flatnonzero(chosen))
-    found = positions[np.searchsorted(positions, edges[1:]) - 1]
-    return np.where(found >= edges[:-1], found, len(chosen))
-
-
-def tokenize(parts: Sequence[Part], slots: Sequence[int], tokenizer: Tokenizer, reverse: bool = False) -> list[TokenizedDocument]:
-    """The segments of a document: its interleaved row, then the contrasted sides that the row cannot hold without a leak.
-
-    The row embeds a medium that stands first, right behind its slots: causal, so it sees nothing else. A document with
-    media and texts gets a segment of its own for the first text and, unless it stands first, for the first medium.
-    Labels are the next token within texts to predict, never on media slots, `<emb>` or `<eos>`.
-    `slots`: tokens of each medium, 0 for one that is left out; texts have any number. Items are numbered by modality, in the
-    order of `parts`, whatever the order of the row.
-    """
-    items = item_numbers(parts, slots)
-    kept = [i for i, part in enumerate(parts) if isinstance(part, Text) or slots[i]]
-    texts = [i for i in kept if isinstance(parts[i], Text)]
-    media = [i for i in kept if not isinstance(parts[i], Text)]
-    row, sides = Segment(tokenizer), []
-    order = kept[::-1] if reverse else kept
-    for place, i in enumerate(order):
-        part = parts[i]
-        if isinstance(part, Text):
-            ids = tokenizer.encode(part.text)
-            row.text(ids, part.predict)
-            if media and i == texts[0]:
-                sides.append(Segment(tokenizer).embedded_text(ids, part))
-        elif place == 0:
-            row.embedded_medium(part, slots[i], items[i])
-        else:
-            row.medium(part, slots[i], items[i])
-            if i == media[0] and isinstance(parts[order[0]], Text):
-                sides.append(Segment(tokenizer).embedded_medium(part, slots[i], items[i]))
-    return [segment.tokenized() for segment in (row, *sides)]
-
-
-def item_numbers(parts: Sequence[Part], slots: Sequence[int]) -> list[int]:
-    """Number of each medium among those of its modality that are kept; -1 for the other parts."""
+def item_numbers(parts: Sequence[Part], shown: Sequence[int]) -> list[int]:
+    """Number of each medium among those of its modality that are `shown`; NOTHING for the other parts."""
     seen = dict.fromkeys((IMAGE, AUDIO, VIDEO), 0)
     numbers = []
-    for part, length in zip(parts, slots, strict=True):
+    for part, is_shown in zip(parts, shown, strict=True):
         modality = MODALITY[type(part)]
-        numbers.append(seen[modality] if modality != TEXT and length else -1)
-        if modality != TEXT and length:
+        numbers.append(seen[modality] if modality != TEXT and is_shown else NOTHING)
+        if numbers[-1] != NOTHING:
             seen[modality] += 1
     return numbers
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a piece holds of part `part`: a medium whole, of a text the tokens from `start` up to `stop`."""
+class Segmenter:
+    """Makes segments. `costs` are those of a document's parts; a `key` decides all chance."""
 
-    part: int
-    start: int
-    stop: int
+    form: Form
+    tokenizer: Tokenizer
 
+    @cached_property
+    def _words(self) -> Int[np.ndarray, " words"]:
+        return word_ids(self.tokenizer)
 
-def split(
-    is_text: Sequence[bool], tokens: Sequence[int], rows: Sequence[int], max_tokens: int, max_rows: int | None
-) -> list[list[Run]]:
-    """A document in pieces that fit a pack: cut between parts, and within a text only where it alone is longer than a pack.
+    def document(self, parts: Sequence[Part], costs: Costs, key: int = 0, reverse: bool = False) -> list[TokenizedDocument]:
+        """The segments of a document: its row, then the contrasted sides that the row cannot hold without a leak.
 
-    `tokens` and `rows` as a Budget gives them, those of a text being its words. Every medium must fit a pack of its own.
-    """
-    pieces: list[list[Run]] = [[]]
-    space, media_space = max_tokens, max_rows
-    for part, (text, length, height) in enumerate(zip(is_text, tokens, rows, strict=True)):
-        if not text and not length:
-            continue
-        cost = length + 2 if text else length
-        if pieces[-1] and (cost > space or (media_space is not None and height > media_space)):
-            pieces.append([])
-            space, media_space = max_tokens, max_rows
-        start = 0
-        while cost > max_tokens:  # a text: <bos> and as many words as fit, at least one word being kept for the last piece
-            taken = min(max_tokens - 1, length - start - 1)
-            pieces[-1].append(Run(part, start, start + taken))
-            pieces.append([])
-            start += taken
-            cost = length - start + 2
-        pieces[-1].append(Run(part, start, length))
-        space -= cost
-        if media_space is not None:
-            media_space -= height
-    return pieces
+        Contrasted is the first part of each modality, where there are several: in a segment of its own, closed by <emb>. A
+        medium that stands first is embedded in the row instead, right behind its slots, if nothing there sees what follows.
+        Items are numbered by modality, in the order of `parts`, whatever the order of the row.
+        """
+        items = item_numbers(parts, costs.rows)
+        order = [i for i, part in enumerate(parts) if isinstance(part, Text) or costs.rows[i]]
+        if reverse:
+            order.reverse()
+        firsts = {MODALITY[type(parts[i])]: i for i in reversed(order)}
+        if not self.form.fusion:
+            return [self._towers(parts, items, firsts)]
+        ids = {i: self.tokenizer.encode(parts[i].text) for i in order if isinstance(parts[i], Text)}
+        if order and self.form.is_pair(costs.rows):
+            return [self._pair([(ids[i], parts[i].predict) for i in order], key)]
+        lead = order[0] if order and order[0] not in ids and (self.form.is_causal or len(order) == 1) else None
+        row, sides = _Segment(self.tokenizer, self.form), []
+        for i in order:
+            part = parts[i]
+            if i in ids:
+                self._say(row, ids[i], part.predict, (key, i))
+            else:
+                row.medium(part, costs.tokens[i], items[i])
+            if i == lead:
+                row.embed(part, items[i], row.media[-1].start)
+            elif len(firsts) > 1 and i == firsts[MODALITY[type(part)]]:
+                sides.append(self._side(part, ids.get(i), costs.tokens[i], items[i]))
+        return [self._finished(row, key), *sides]
 
+    def piece(
+        self, parts: Sequence[Part], costs: Costs, runs: Sequence[Run], ids: Mapping[int, list[int]], key: int = 0
+    ) -> list[TokenizedDocument]:
+        """The one segment of a piece; `ids`: words of its texts, by part. Its items are numbered from 0 within the piece.
 
-def piece_cost(piece: Sequence[Run], is_text: Sequence[bool], tokens: Sequence[int], rows: Sequence[int]) -> tuple[int, int]:
-    """Tokens and media rows of a piece."""
-    texts = sum(run.stop - run.start + 1 + (run.stop == tokens[run.part]) for run in piece if is_text[run.part])
-    media = [run.part for run in piece if not is_text[run.part]]
-    return texts + sum(tokens[part] for part in media), sum(rows[part] for part in media)
+        The task is set for the piece by itself: its own words are hidden, and it is cut in two.
+        """
+        said = {run.part: ids[run.part][run.start : run.stop] for run in runs if run.part in ids}
+        if self.form.is_pair(costs.rows):
+            return [self._pair([(said[run.part], parts[run.part].predict) for run in runs], key)]
+        shown = {run.part for run in runs}
+        items = item_numbers(parts, [rows if part in shown else 0 for part, rows in enumerate(costs.rows)])
+        row = _Segment(self.tokenizer, self.form)
+        for run in runs:
+            part = parts[run.part]
+            if isinstance(part, Text):
+                ends = run.stop == len(ids[run.part])
+                self._say(row, said[run.part], part.predict, (key, run.part), ends)
+            else:
+                row.medium(part, costs.tokens[run.part], items[run.part])
+        return [self._finished(row, key)]
 
+    def embedded_text(self, text: Text) -> TokenizedDocument:
+        """`<bos> words <emb>`, as a contrasted text is: a prompt. Words beyond the longest segment are left out."""
+        return self._side(text, self.tokenizer.encode(text.text)[: self.form.longest - 2], 0, NOTHING)
 
-def tokenize_piece(
-    parts: Sequence[Part], slots: Sequence[int], piece: Sequence[Run], ids: Mapping[int, list[int]], tokenizer: Tokenizer
-) -> list[TokenizedDocument]:
-    """The one segment of a piece; `ids`: tokens of its texts, by part. Its items are numbered from 0 within the piece."""
-    shown = {run.part for run in piece}
-    items = item_numbers(parts, [length if part in shown else 0 for part, length in enumerate(slots)])
-    row = Segment(tokenizer)
-    for run in piece:
-        part = parts[run.part]
-        if isinstance(part, Text):
-            words = ids[run.part]
-            row.text(words[run.start : run.stop], part.predict, ends=run.stop == len(words))
+    def _side(self, part: Part, ids: list[int] | None, slots: int, item: int) -> TokenizedDocument:
+        segment = _Segment(self.tokenizer, self.form)
+        if ids is None:
+            segment.medium(part, slots, item)
         else:
-            row.medium(part, slots[run.part], items[run.part])
-    return [row.tokenized()]
+            segment.given([self.tokenizer.bos, *ids])
+        return segment.embed(part, item, 0 if ids is None else 1).tokenized()
+
+    def _towers(self, parts: Sequence[Part], items: Sequence[int], firsts: Mapping[int, int]) -> TokenizedDocument:
+        """The first text, embedded, and beside it the first medium of each modality; one token of padding if there is no text."""
+        segment = _Segment(self.tokenizer, self.form)
+        if TEXT in firsts:
+            text = parts[firsts[TEXT]]
+            segment.given([self.tokenizer.bos, *self.tokenizer.encode(text.text)[: self.form.longest - 2]])
+            segment.embed(text, NOTHING, 1)
+        elif firsts:
+            segment.given([self.tokenizer.pad])
+        for modality in sorted(firsts.keys() - {TEXT}):
+            segment.embed_beside(parts[firsts[modality]], items[firsts[modality]])
+        return segment.tokenized()
+
+    def _say(self, row: _Segment, ids: list[int], predict: bool, key: tuple[int, int], ends: bool = True) -> None:
+        """A text of a row, closed by <eos> where it `ends` here, with what the task asks of it if it is to `predict`.
+
+        `key`: of the row, and the number of the text's part.
+        """
+        bos, close = self.tokenizer.bos, [self.tokenizer.eos] if ends else []
+        if not predict:
+            row.given([bos, *ids, *close])
+        elif self.form.task == SPAN:
+            left, target = corrupt(ids, keyed_hash("text", *key), self.tokenizer.sentinels)
+            row.given([bos, *left, self.tokenizer.eos])
+            row.told([*target, self.tokenizer.eos] if target else [])
+        elif self.form.task == MASKED:
+            row.words += range(len(row.tokens) + 1, len(row.tokens) + 1 + len(ids))
+            row.given([bos, *ids, *close])
+        elif self.form.is_causal:
+            row.given([bos])
+            row.told([*ids, *close])
+        else:  # every token sees the next: there is nothing to ask
+            row.given([bos, *ids, *close])
+
+    def _pair(self, texts: Sequence[tuple[list[int], bool]], key: int) -> TokenizedDocument:
+        """All texts in two halves, of which the second follows the first; no pair where there is less than a word for each."""
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        ids = [word for words, _ in texts for word in words]
+        ends = set(accumulate(len(words) for words, _ in texts))
+        cut = middle(ids, self.tokenizer.decode, ends) if len(ids) > 1 else len(ids)
+        row = _Segment(self.tokenizer, self.form)
+        row.given([bos, *ids[:cut], eos, *ids[cut:], eos])
+        predict = (predict for words, predict in texts for _ in words)
+        row.words = [word + (1 if word < cut else 2) for word, asked in enumerate(predict) if asked]
+        if len(ids) > 1:
+            row.second = cut + 2
+        return self._finished(row, key)
+
+    def _finished(self, row: _Segment, key: int) -> TokenizedDocument:
+        """With words hidden, if that is the task. `key`: of the document, or the piece."""
+        if self.form.task == MASKED:
+            tokens = np.array(row.tokens, dtype=np.int64)
+            hidden, chosen = hide(tokens, row.words, key, self.tokenizer.mask, self._words)
+            row.tokens = hidden.tolist()
+            for place in chosen.tolist():
+                row.labels[place] = int(tokens[place])
+        return row.tokenized()
 
 
-class Segment:
+class _Segment:
     """A segment in the making."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, form: Form) -> None:
+        self.tokenizer, self.form = tokenizer, form
         self.tokens: list[int] = []
         self.labels: list[int] = []
         self.media: list[MediaSpan] = []
         self.embeddings: list[EmbeddingToken] = []
+        self.words: list[int] = []  # places of those that may be hidden
+        self.second: int | None = None
 
-    def text(self, ids: list[int], predict: bool, ends: bool = True) -> None:
-        """A text, closed by <eos> where it `ends` here."""
-        said = [*ids, self.tokenizer.eos] if ends else ids
-        self.tokens += [self.tokenizer.bos, *said]
-        self.labels += [*said, IGNORE] if predict else [IGNORE] * (len(said) + 1)
-
-    def medium(self, part: Part, length: int, item: int) -> None:
-        self.media.append(MediaSpan(start=len(self.tokens), length=length, modality=MODALITY[type(part)], item=item))
-        self._silent([self.tokenizer.media] * length)
-
-    def embedded_text(self, ids: list[int], part: Text) -> Segment:
-        self._silent([self.tokenizer.bos, *ids])
-        return self._embedding(TEXT, content_hash(part.text.encode()))
-
-    def embedded_medium(self, part: Part, length: int, item: int) -> Segment:
-        self.medium(part, length, item)
-        stretch = f"{part.clip}" if isinstance(part, Video) else f"{part.start}" if isinstance(part, Audio) else ""
-        return self._embedding(MODALITY[type(part)], content_hash(part.data, stretch.encode()))
-
-    def _embedding(self, modality: int, content: int) -> Segment:
-        self.embeddings.append(EmbeddingToken(position=len(self.tokens), modality=modality, content=content))
-        self._silent([self.tokenizer.emb])
-        return self
-
-    def _silent(self, tokens: list[int]) -> None:
+    def given(self, tokens: Sequence[int]) -> None:
+        """Tokens that nothing asks for."""
         self.tokens += tokens
         self.labels += [IGNORE] * len(tokens)
 
+    def told(self, tokens: Sequence[int]) -> None:
+        """Tokens each of which is asked for where the one before it stands."""
+        if tokens:
+            self.tokens += tokens
+            self.labels[-1:] = [*tokens, IGNORE]
+
+    def medium(self, part: Part, length: int, item: int) -> None:
+        self.media.append(MediaSpan(start=len(self.tokens), length=length, modality=MODALITY[type(part)], item=item))
+        self.given([self.tokenizer.media] * length)
+
+    def embed(self, part: Part, item: int, start: int) -> _Segment:
+        """Close a part whose own tokens begin at `start` with <emb>."""
+        self.given([self.tokenizer.emb])
+        stop = len(self.tokens)
+        self._embedding(part, item, start if self.form.mean else stop - 1, stop)
+        return self
+
+    def embed_beside(self, part: Part, item: int) -> None:
+        """A medium that has no tokens."""
+        self._embedding(part, item, 0, 0)
+
+    def _embedding(self, part: Part, item: int, start: int, stop: int) -> None:
+        modality, content = MODALITY[type(part)], content_of(part)
+        self.embeddings.append(EmbeddingToken(start=start, stop=stop, modality=modality, item=item, content=content))
+
     def tokenized(self) -> TokenizedDocument:
         return TokenizedDocument(
-            tokens=tuple(self.tokens), labels=tuple(self.labels), media=tuple(self.media), embeddings=tuple(self.embeddings)
+            tokens=tuple(self.tokens),
+            labels=tuple(self.labels),
+            media=tuple(self.media),
+            embeddings=tuple(self.embeddings),
+            task=self.form.task,
+            second=self.second,
+            next_sentence=IGNORE if self.second is None else 0,
         )
 
 
+def content_of(part: Part) -> int:
+    """A hash of what a part shows: 63 bits, so that it fits int64 and is never negative."""
+    if isinstance(part, Text):
+        return content_hash(part.text.encode())
+    stretch = f"{part.clip}" if isinstance(part, Video) else f"{part.start}" if isinstance(part, Audio) else ""
+    return content_hash(part.data, stretch.encode())
+
+
 def content_hash(*contents: bytes | memoryview) -> int:
-    """63 bits, so that it fits int64 and is never negative."""
     digest = blake2b(digest_size=8)
     for content in contents:
         digest.update(content)

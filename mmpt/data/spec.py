@@ -216,6 +216,10 @@ class MixturePart(Section):
     """A source of a mixture."""
 
     spec: str = Field(description="path of its data spec, relative to the mixture's own folder")
+    task: Literal["next_token", "masked", "span"] = Field(
+        "next_token",
+        description="what is asked of its texts: masked: BERT's hidden words; span: T5's hidden spans. One spec may stand twice",
+    )
     weight: Annotated[float, Field(ge=0)] = Field(description="its share of tokens or samples, beside the other weights")
     max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="how often its documents may be seen")
     on_exhausted: Literal["renormalise", "stop", "fail"] = Field(
@@ -227,6 +231,10 @@ class MixturePart(Section):
     def _plain(cls, value: str) -> str:
         return _no_command(value)
 
+    def source_name(self, spec: str) -> str:
+        """What a source is called whose spec has that name: NAME, or NAME:TASK where more than next tokens is asked."""
+        return spec if self.task == "next_token" else f"{spec}:{self.task}"
+
 
 class MixtureSpec(Section):
     version: Literal[1]
@@ -236,12 +244,24 @@ class MixtureSpec(Section):
     _path: Path = PrivateAttr(default=Path())
 
     def specs(self) -> list[DataSpec]:
-        """The specs of all parts. Raises UserError for one that does not load, or a name that stands twice."""
+        """The spec of every part. Raises UserError for one that does not load, or sources that cannot be told apart."""
         specs = [load_spec(self._path.parent / part.spec) for part in self.mixture]
-        names = [spec.name for spec in specs]
+        known: dict[str, Path] = {}
+        for spec in specs:
+            if known.setdefault(spec.name, spec.path.resolve()) != spec.path.resolve():
+                raise UserError(
+                    f"mixture {self._path}: two of its specs have the name {spec.name!r}; give each a name of its own"
+                )
+        names = [part.source_name(spec.name) for part, spec in zip(self.mixture, specs, strict=True)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"mixture {self._path}: two of its specs have the name {twice[0]!r}; give each a name of its own")
+            raise UserError(
+                f"mixture {self._path}: source {twice[0]!r} stands there twice; take one out, or give it another task"
+            )
         return specs
+
+    def corpora(self) -> list[DataSpec]:
+        """The specs, each once, also where several tasks are set on one. Raises UserError as `specs` does."""
+        return list({spec.name: spec for spec in self.specs()}.values())
 
 
 Spec = TypeVar("Spec", DataSpec, MixtureSpec)

@@ -83,14 +83,14 @@ def stats(
     for spec, part in zip(mixture.specs(), mixture.mixture, strict=True):
         corpus = Corpus.open(spec, split, cache, workers, progress)
         source = _endless(corpus, tokenizer, part, config) if tokenizer and config else None
-        found[corpus.name] = _source(corpus, tokenizer, source, config)
+        found[part.source_name(corpus.name)] = _source(corpus, tokenizer, source, config)
         opened += [source] if source else []
     return Stats(split=split, sources=found, fill=_fill(opened, config.data, mixture.unit) if config else None)
 
 
 def _endless(corpus: Corpus, tokenizer: Tokenizer, part: MixturePart, config: RunConfig) -> Source:
     """A source as a run sees it, but for the limit on its epochs: a fill is counted over as many packs as it needs."""
-    endless = MixturePart(spec=part.spec, weight=part.weight)
+    endless = part.model_copy(update={"max_epochs": None, "on_exhausted": "renormalise"})
     return Source(corpus, tokenizer, Budget(config.model, corpus.spec), endless, config.data)
 
 

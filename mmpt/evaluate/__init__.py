@@ -1,1 +1,1 @@
-"""From a checkpoint to figures: model -> Embeddings -> ranks -> eval/*.json, and everything of a run -> report.html."""
+"""From a checkpoint to figures: a split -> embeddings, or nats -> recall, accuracy, perplexity -> eval/*.json -> report.html."""

@@ -20,8 +20,12 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentF
 
 WIDTH, HEIGHT = 360, 220  # CSS pixels
 POINTS = 300  # a line of more points is averaged down to as many
-COLORS = {"#010101": "--ink", "#020202": "--faint", "#030303": "--rule", "#040404": "--first", "#050505": "--second"}
-INK, FAINT, RULE, FIRST, SECOND = COLORS
+COLORS = {"#010101": "--ink", "#020202": "--faint", "#030303": "--rule"} | {
+    f"#{4 + place:02}{4 + place:02}{4 + place:02}": f"--{name}"
+    for place, name in enumerate(("first", "second", "third", "fourth", "fifth", "sixth"))
+}
+INK, FAINT, RULE, *PALETTE = COLORS
+FIRST, SECOND = PALETTE[:2]
 
 Unit = Literal["plain", "percent", "small"]
 
@@ -58,7 +62,7 @@ class Series:
     label: str
     steps: Sequence[float]
     values: Sequence[float]
-    color: Literal["#040404", "#050505"] = FIRST
+    color: str = FIRST  # one of PALETTE
     light: bool = False
     dots: bool = False
 

@@ -1,46 +1,36 @@
-"""What a model makes of a split: embeddings of both sides, and captions.
+"""What a model makes of a split: embeddings of both sides.
 
-PackedBatch -> model -> embeddings by slot -> Embeddings(items, texts, owner)
-pictures -> <image>... <emb> <bos> -> the likeliest next token, again and again -> captions
+PackedBatch --model--> embeddings of a level, by slot --embed--> Embedded(items, texts, owner)
+texts --text_batches, model--> embed_texts
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmpt.config import ImageEncoderConfig
-from mmpt.data.media.images import patchify
+from mmpt.config import RunConfig
 from mmpt.data.tokens import Tokenizer
-from mmpt.types import (
-    IGNORE,
-    IMAGE,
-    NOTHING,
-    TEXT,
-    DocumentRef,
-    EmbeddingSlots,
-    LoaderState,
-    LoadReport,
-    MediaBatch,
-    PackedBatch,
-    PlanCursor,
-)
+from mmpt.evaluate.prompts import text_batches
+from mmpt.types import MODALITIES, NOTHING, TEXT, PackedBatch
+
+Level = Literal["backbone", "tower"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embeddings:
+class Embedded:
     """Both sides of a split, on the CPU in fp32, in the order in which the batches brought them."""
 
     items: Float[Tensor, "N E"]
     texts: Float[Tensor, "M E"]
     owner: Int[Tensor, " M"]  # row of `items` that each text belongs to
     keys: tuple[str, ...]  # document of each item
-    documents: Int[Tensor, " N"]  # number of that document in the order of the batches, from 0
 
 
 @contextmanager
@@ -59,116 +49,73 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def embed(model: nn.Module, batches: Iterable[PackedBatch], device: torch.device | str) -> Embeddings:
-    """Embed every document that has both a picture and a text: its IMAGE slot is an item, its TEXT slots are texts.
+def embed(model: nn.Module, batches: Iterable[PackedBatch], device: torch.device | str, *, level: Level, item: int) -> Embedded:
+    """Embed every document that has both an item of modality `item` (IMAGE, AUDIO or VIDEO) and a text.
 
-    Equal texts are all kept; documents with one side only are left out. Precision is the caller's (autocast).
+    Its slot of that modality is an item, its TEXT slots are the item's texts, at `level`; slots of other modalities are passed
+    over. Equal texts are all kept; documents with one side only are left out. Precision is the caller's (autocast).
     Raises ValueError for a document with two items, and where no document has both sides.
     """
-    items, texts, owners, keys, documents, seen = [], [], [], [], [], 0
+    items, texts, owners, keys, seen = [], [], [], [], 0
     with evaluating(model):
         for batch in batches:
-            embeddings = model(batch.to(device)).embeddings.float().cpu()
-            item_slots, text_slots, owner = _pair_up(batch)
-            in_batch = batch.slots.pair[item_slots].cpu()
-            items.append(embeddings[item_slots])
-            texts.append(embeddings[text_slots])
+            vectors = _vectors(model, batch, device, level)
+            item_slots, text_slots, owner = _pair_up(batch, item)
+            items.append(vectors[item_slots])
+            texts.append(vectors[text_slots])
             owners.append(len(keys) + owner)
-            documents.append(seen + in_batch)
-            keys += [batch.provenance[document].key for document in in_batch.tolist()]
+            keys += _keys(batch, item_slots)
             seen += batch.documents
     if not keys:
-        raise ValueError(f"none of {seen} documents has both a picture and a text")
-    return Embeddings(
-        items=torch.cat(items), texts=torch.cat(texts), owner=torch.cat(owners), keys=tuple(keys), documents=torch.cat(documents)
-    )
+        raise ValueError(f"none of {seen} documents has embeddings of both an item ({MODALITIES[item]}) and a text")
+    return Embedded(items=torch.cat(items), texts=torch.cat(texts), owner=torch.cat(owners), keys=tuple(keys))
 
 
-def _pair_up(batch: PackedBatch) -> tuple[Int[Tensor, " items"], Int[Tensor, " texts"], Int[Tensor, " texts"]]:
+def embed_items(
+    model: nn.Module, batches: Iterable[PackedBatch], device: torch.device | str, *, level: Level, item: int
+) -> tuple[Float[Tensor, "N E"], tuple[str, ...]]:
+    """The items of modality `item` as in `embed`, with a text beside them or without, and the keys of their documents.
+
+    Raises ValueError where no document has one.
+    """
+    items, keys, seen = [], [], 0
+    with evaluating(model):
+        for batch in batches:
+            slots = (batch.slots.modality.cpu() == item).nonzero().flatten()
+            items.append(_vectors(model, batch, device, level)[slots])
+            keys += _keys(batch, slots)
+            seen += batch.documents
+    if not keys:
+        raise ValueError(f"none of {seen} documents has an embedding of an item ({MODALITIES[item]})")
+    return torch.cat(items), tuple(keys)
+
+
+def _vectors(model: nn.Module, batch: PackedBatch, device: torch.device | str, level: Level) -> Float[Tensor, "P E"]:
+    """The embeddings of a batch's slots, on the CPU in fp32."""
+    return model(batch.to(device)).embeddings[level].vectors.float().cpu()
+
+
+def _keys(batch: PackedBatch, slots: Int[Tensor, " n"]) -> list[str]:
+    return [batch.provenance[document].key for document in batch.slots.pair[slots].tolist()]
+
+
+def _pair_up(batch: PackedBatch, item: int) -> tuple[Int[Tensor, " items"], Int[Tensor, " texts"], Int[Tensor, " texts"]]:
     """Slots of the items and of the texts of documents that have both, and which of those items each text belongs to."""
     modality, pair = batch.slots.modality.cpu(), batch.slots.pair.cpu()
-    n_items, n_texts = (torch.bincount(pair[modality == kind], minlength=batch.documents) for kind in (IMAGE, TEXT))
+    n_items, n_texts = (torch.bincount(pair[modality == kind], minlength=batch.documents) for kind in (item, TEXT))
     if (n_items > 1).any():
         twice = batch.provenance[int(n_items.argmax())]
         raise ValueError(f"document {twice.key} of {twice.source} has {int(n_items.max())} items; retrieval needs one")
     both = ((n_items > 0) & (n_texts > 0))[pair]
-    item_slots, text_slots = (((modality == kind) & both).nonzero().flatten() for kind in (IMAGE, TEXT))
+    item_slots, text_slots = (((modality == kind) & both).nonzero().flatten() for kind in (item, TEXT))
     row = torch.full((batch.documents,), NOTHING)
     row[pair[item_slots]] = torch.arange(len(item_slots))
     return item_slots, text_slots, row[pair[text_slots]]
 
 
-def captions(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    images: UInt8[Tensor, "B 3 size size"],
-    config: ImageEncoderConfig,
-    device: torch.device | str,
-    max_tokens: int = 24,
-) -> list[str]:
-    """The likeliest continuation of each picture, one token at a time until <eos> or `max_tokens`.
-
-    All pictures go side by side as segments of one flat batch. Each step computes the whole prefix anew: names are
-    a few tokens long, and a cache of keys and values would be a second path through every attention layer.
-    """
-    patches = patchify(images, config.patch).view(len(images), config.patches_per_side**2, -1)
-    special = [tokenizer.pad, tokenizer.bos, tokenizer.media, tokenizer.emb]  # only <eos> and text may follow
-    prompt = torch.tensor([tokenizer.media] * config.tokens_per_image + [tokenizer.emb, tokenizer.bos])
-    tokens = prompt.repeat(len(images), 1)
-    written: list[list[int]] = [[] for _ in range(len(images))]
-    active = torch.arange(len(images))
+def embed_texts(
+    model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer, config: RunConfig, device: torch.device | str, *, level: Level
+) -> Float[Tensor, "M E"]:
+    """Embed texts that stand by themselves, as `embed` does those of documents: unit length, on the CPU in fp32."""
     with evaluating(model):
-        for _ in range(max_tokens):
-            if not len(active):
-                break
-            output = model(_prompts(tokens, patches[active], config).to(device))
-            last = output.hidden.view(*tokens.shape, -1)[:, -1]
-            logits = last.float() @ output.output_weight.float().T
-            logits[:, special] = -torch.inf
-            logits[:, len(tokenizer) :] = -torch.inf  # rows of the embedding beyond the vocabulary
-            chosen = logits.argmax(dim=1).cpu()
-            going = chosen != tokenizer.eos
-            active, tokens = active[going], torch.cat([tokens[going], chosen[going, None]], dim=1)
-            for picture, token in zip(active.tolist(), chosen[going].tolist(), strict=True):
-                written[picture].append(token)
-    return [tokenizer.decode(ids) for ids in written]
-
-
-def _prompts(tokens: Int[Tensor, "B L"], patches: UInt8[Tensor, "B patches values"], config: ImageEncoderConfig) -> PackedBatch:
-    """Each row of `tokens` as a segment that begins with the slots of its picture and their `<emb>`."""
-    rows, length = tokens.shape
-    media = config.tokens_per_image
-    media_index = torch.full((rows, length), NOTHING)
-    media_index[:, :media] = torch.arange(rows * media).view(rows, media)
-    numbers = torch.arange(rows)
-    pool_index = torch.full((rows, length), NOTHING)
-    pool_index[:, media] = numbers
-    return PackedBatch(
-        tokens=tokens.flatten(),
-        labels=torch.full((rows * length,), IGNORE),
-        position_ids=torch.arange(length).repeat(rows),
-        document_ids=numbers.repeat_interleave(length),
-        media_index=media_index.flatten(),
-        pool_index=pool_index.flatten(),
-        images=MediaBatch(
-            values=patches.flatten(0, 1),
-            cu_seqlens=torch.arange(rows + 1) * patches.shape[1],
-            grid=torch.tensor([[1, config.patches_per_side, config.patches_per_side]]).repeat(rows, 1),
-            times=torch.zeros(rows),
-        ),
-        audios=_no_media(),
-        videos=_no_media(),
-        slots=EmbeddingSlots(modality=torch.full((rows,), IMAGE), pair=numbers, content=numbers),
-        provenance=tuple(
-            DocumentRef(source="prompt", key=str(row), epoch=0, piece=0, pack=0, position=row * length, seed=0)
-            for row in range(rows)
-        ),
-        state=LoaderState(fingerprint={}, cursor=PlanCursor(window=0, pack=0, sources={}), packs_consumed=0),
-        report=LoadReport(milliseconds={}, tokens={}, faults=()),
-    )
-
-
-def _no_media() -> MediaBatch:
-    return MediaBatch(
-        values=torch.empty(0, 0), cu_seqlens=torch.zeros(1, dtype=torch.int64), grid=torch.empty(0, 3), times=torch.empty(0)
-    )
+        return torch.cat([_vectors(model, batch, device, level) for batch in text_batches(texts, tokenizer, config)])

@@ -7,36 +7,40 @@ data that strangers wrote, so the template escapes all of it; only the charts, m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from mmpt.evaluate.charts import SECOND, Series, line_chart
+from mmpt.config import load
+from mmpt.evaluate.curves import Lines, charts
 from mmpt.evaluate.gallery import Example, ReportExamples
 from mmpt.evaluate.retrieval import KS
+from mmpt.evaluate.split import WORDS
 from mmpt.types import UserError
 
-Lines = list[dict[str, Any]]
+KINDS = ("retrieval", "classification", "language")
+"""Of results, in the order in which the page shows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chart:
+class Figure:
+    """A number at the head of the page."""
+
     title: str
+    value: str
     note: str
-    series: list[Series]
-    svg: Markup
 
 
-def write_report(run: Path, examples: ReportExamples) -> Path:
-    """Write runs/NAME/report.html and return its path.
+def write_report(run: Path, examples: ReportExamples | None) -> Path:
+    """Write runs/NAME/report.html and return its path: what the run has of curves, results of `mmpt eval` and examples.
 
-    Raises UserError where the run lacks its config, its metrics or a result of `mmpt eval retrieval`.
+    Raises UserError where the run lacks its config or its metrics.
     """
     config = _read(run, "config.yaml", "train it first: mmpt train CONFIG")
+    objectives = load(run / "config.yaml").objectives
     train, evals = read_metrics(run)
     results = _results(run)
     loader = PackageLoader("mmpt.evaluate", ".")
@@ -46,11 +50,14 @@ def write_report(run: Path, examples: ReportExamples) -> Path:
         name=run.resolve().name,
         last=train[-1],
         ks=KS,
+        words=WORDS,
+        spec=next((result["trained_on"]["spec"] for found in results.values() for result in found), None),
+        headline=headline(results),
         results=results,
         examples=examples,
-        top_of_pictures=_placed(examples.pictures),
-        top_of_names=_placed(examples.names),
-        charts=charts(train, evals),
+        top_of_pictures=_placed(examples.pictures if examples else ()),
+        top_of_names=_placed(examples.names if examples else ()),
+        charts=charts(train, evals, objectives),
         config=config,
     )
     path = run / "report.html"
@@ -78,52 +85,45 @@ def _read(run: Path, name: str, mend: str) -> str:
         raise UserError(f"run {run}: no {name} ({error.strerror}); {mend}") from error
 
 
-def _results(run: Path) -> list[dict[str, Any]]:
-    """Retrieval results, those on the held-out part of the run's own training data first."""
-    results = [json.loads(path.read_text()) for path in sorted((run / "eval").glob("retrieval-*.json"))]
-    if not results:
-        raise UserError(f"run {run}: no eval/retrieval-*.json; evaluate it first: mmpt eval retrieval {run} --spec SPEC")
-    return sorted(results, key=lambda result: result["trained_on"].get("name") != result["evaluated_on"]["name"])
+def _results(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results by kind, those on the held-out part of the run's own training data first."""
+    results = {}
+    for kind in KINDS:
+        found = [json.loads(path.read_text()) for path in sorted((run / "eval").glob(f"{kind}-*.json"))]
+        results[kind] = sorted(found, key=lambda result: result["trained_on"].get("name") != result["evaluated_on"]["name"])
+    return results
+
+
+def headline(results: Mapping[str, list[dict[str, Any]]]) -> list[Figure]:
+    """The first retrieval in figures, or else the first classification, or the language."""
+    if results["retrieval"]:
+        first = results["retrieval"][0]
+        word = WORDS[first["item"]]
+        ways = ((f"{word.capitalize()} to text", "item_to_text"), (f"Text to {word}", "text_to_item"))
+        return [
+            Figure(title=f"{title}, {top}", value=percent(first[key][top]), note=f"chance {percent(first[key]['chance'][top])}")
+            for top in ("R@1", "R@5")
+            for title, key in ways
+        ]
+    if results["classification"]:
+        first = results["classification"][0]
+        return [
+            Figure(title=f"Classification, {top}", value=percent(first[top]), note=f"chance {percent(chance)}")
+            for top, chance in first["chance"].items()
+        ]
+    for first in results["language"][:1]:
+        texts = f"{first['tokens']:,} tokens of {first['evaluated_on']['name']}"
+        return [
+            Figure(title="Perplexity", value=f"{first['perplexity']:.4g}", note=texts),
+            Figure(title="Bits per byte", value=f"{first['bits_per_byte']:.3f}", note=texts),
+        ]
+    return []
 
 
 def _placed(examples: Iterable[Example]) -> dict[int, int]:
     """How many of the examples have their right one at rank 1, and among the first five."""
     ranks = [example.rank for example in examples]
     return {k: sum(rank <= k for rank in ranks) for k in (1, 5)}
-
-
-def charts(train: Lines, evals: Lines) -> list[Chart]:
-    """All curves of a run, in reading order; a curve that was never logged is left out."""
-    validation = _series("held out", evals, "val/next_token", color=SECOND, dots=True)
-    to_text, to_image = (f"retrieval/{name}/" for name in ("image_to_text", "text_to_image"))
-    recall = [
-        *_series("picture to name", evals, to_text + "R@1", dots=True),
-        *_series("name to picture", evals, to_image + "R@1", color=SECOND, dots=True),
-        *_series("", evals, to_text + "R@5", light=True),
-        *_series("", evals, to_image + "R@5", color=SECOND, light=True),
-    ]
-    drawn = [
-        ("Next-token loss", "nats per token", [*_series("training", train, "loss/next_token"), *validation], "plain", False),
-        ("Contrastive loss", "nats per pair, within the batch", _series("", train, "loss/contrastive"), "plain", False),
-        ("Total loss", "weighted sum of both", _series("", train, "loss"), "plain", False),
-        ("Retrieval", "held out; R@1 strong, R@5 faint", recall, "percent", True),
-        ("Learning rate", "warm-up, then cosine", _series("", train, "lr"), "small", True),
-        ("Throughput", "samples per second", _series("", train, "samples_per_second"), "plain", True),
-    ]
-    return [  # the drawings hold numbers and fixed words only: nothing of them needs escaping
-        Chart(title=title, note=note, series=series, svg=Markup(line_chart(series, unit, from_zero)))
-        for title, note, series, unit, from_zero in drawn
-        if series
-    ]
-
-
-def _series(label: str, lines: Lines, key: str, **look: Any) -> list[Series]:
-    """The logged values of a key as one series, or none if it was never logged."""
-    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-    if not points:
-        return []
-    steps, values = zip(*points, strict=True)
-    return [Series(label=label, steps=steps, values=values, **look)]
 
 
 def has_ties(direction: dict[str, Any]) -> bool:

@@ -1,80 +1,96 @@
 """Zero-shot retrieval of a model on a split of a spec: what `mmpt eval retrieval` runs, writes and prints.
 
-spec, split -> Corpus -> sequential_batches -> embed -> retrieval -> runs/NAME/eval/retrieval-<spec>-<split>.json
+spec, split -> HeldOut -> embed -> retrieval -> runs/NAME/eval/retrieval-<spec>-<split>-<item>-<level>.json
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
 from torch import nn
 
 from mmpt.config import RunConfig
-from mmpt.data.corpus import Corpus
-from mmpt.data.loader import TRAIN, cache_of, refuse_faults, sequential_batches
-from mmpt.data.spec import DataSpec, load_mixture, load_spec
-from mmpt.data.tokens import Tokenizer
-from mmpt.evaluate.embed import Embeddings, embed
+from mmpt.evaluate.embed import Embedded, Level, embed, embed_texts
 from mmpt.evaluate.retrieval import KS, PROTOCOL, Direction, RetrievalResult, retrieval
-from mmpt.types import UserError
+from mmpt.evaluate.split import WORDS, HeldOut, ItemName
+from mmpt.types import MODALITIES, Text, UserError
+
+Captions = Literal["first", "all"]
+CAPTIONS: dict[Captions, str] = {
+    "first": "Of each document with an item and a text, the first of each.",
+    "all": "Of each document with an item and a text, the first item, and every line of every text as a caption of it.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """A result, and what was ranked."""
+
+    result: RetrievalResult
+    embedded: Embedded
+    item: ItemName
+    level: Level
+    captions: Captions
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        return self.item, self.level, *(() if self.captions == "first" else (self.captions,))
+
+    def to_json(self) -> dict[str, Any]:
+        named = {"item": self.item, "level": self.level, "captions": self.captions}
+        return {**named, **self.result.to_json(), "protocol": f"{CAPTIONS[self.captions]} {PROTOCOL}"}
 
 
 def evaluate_retrieval(
-    model: nn.Module, config: RunConfig, spec: str | Path, split: str, device: torch.device | str
-) -> tuple[RetrievalResult, Embeddings]:
-    """Retrieve among the documents of a split that have a picture and a text, by the first of each, with the run's tokenizer.
+    model: nn.Module,
+    config: RunConfig,
+    spec: str | Path,
+    split: str,
+    device: torch.device | str,
+    *,
+    level: Level | None = None,
+    item: ItemName | None = None,
+    captions: Captions = "first",
+) -> Retrieval:
+    """Retrieve among the documents of a split that have an item and a text, with the run's tokenizer.
 
-    Precision is the caller's (autocast) for the model; scores are fp32. Raises UserError for a split that cannot be ranked.
+    Without `level`, the model's first; without `item`, the modality that the split has. Precision is the caller's (autocast) for
+    the model; scores are fp32. Raises UserError for a split that cannot be ranked.
     """
-    corpus = Corpus.open(load_spec(spec), split, cache_of(config.data))
-    batches = refuse_faults(sequential_batches(corpus, Tokenizer.load(config.data.tokenizer), config))
+    held_out = HeldOut(config, spec, split)
+    level, modality = held_out.level(level), held_out.item(item)
     try:
-        embeddings = embed(model, batches, device)
-        return retrieval(embeddings.items, embeddings.texts, embeddings.owner), embeddings
+        embedded = embed(model, held_out.batches(), device, level=level, item=modality)
+        if captions == "all":
+            embedded = _with_all_captions(embedded, model, held_out, device, level)
+        result = retrieval(embedded.items, embedded.texts, embedded.owner)
     except ValueError as error:
         raise UserError(f"retrieval on {spec}, split {split!r}: {error}") from error
+    return Retrieval(result=result, embedded=embedded, item=MODALITIES[modality], level=level, captions=captions)
 
 
-def write_result(run: Path, result: RetrievalResult, config: RunConfig, step: int, spec: str | Path, split: str) -> Path:
-    """Write runs/NAME/eval/retrieval-<spec name>-<split>.json: figures, protocol, checkpoint and both data sets."""
-    evaluated_on = _describe(load_spec(spec), split, config)
-    tree = {
-        "kind": "retrieval",
-        **result.to_json(),
-        "protocol": PROTOCOL,
-        "checkpoint": {"run": config.name, "step": step},
-        "trained_on": _trained_on(config),
-        "evaluated_on": evaluated_on,
-    }
-    path = run / "eval" / f"retrieval-{evaluated_on['name']}-{split}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
-    return path
+def _with_all_captions(
+    embedded: Embedded, model: nn.Module, held_out: HeldOut, device: torch.device | str, level: Level
+) -> Embedded:
+    """Every line of every text in place of the first texts: corpora with several captions an item write them either way."""
+    texts, owners = [], []
+    for row, key in enumerate(embedded.keys):
+        parts = [part.text for part in held_out.document(key).parts if isinstance(part, Text)]
+        lines = [line.strip() for text in parts for line in text.splitlines() if line.strip()]
+        texts += lines
+        owners += [row] * len(lines)
+    vectors = embed_texts(model, texts, held_out.tokenizer, held_out.config, device, level=level)
+    return replace(embedded, texts=vectors, owner=torch.tensor(owners))
 
 
-def _describe(spec: DataSpec, split: str, config: RunConfig) -> dict[str, Any]:
-    corpus = Corpus.open(spec, split, cache_of(config.data))
-    return {"name": corpus.name, "split": split, "documents": len(corpus), "fingerprint": corpus.fingerprint}
-
-
-def _trained_on(config: RunConfig) -> dict[str, Any]:
-    """The training data as the config names it; what only the shards know is left out where they are gone."""
-    trained: dict[str, Any] = {"spec": config.data.spec, "split": TRAIN}
-    try:
-        mixture = load_mixture(config.data.spec)
-        sources = [_describe(spec, TRAIN, config) for spec in mixture.specs()]
-    except UserError:
-        return trained
-    return trained | (sources[0] if len(sources) == 1 else {"name": mixture.name, "sources": sources})
-
-
-def retrieval_table(result: RetrievalResult, item: str = "picture") -> Table:
+def retrieval_table(found: Retrieval) -> Table:
     """Both directions, with chance below each, for a terminal."""
-    table = Table(title=f"Zero-shot retrieval, {result.items} {item}s and {result.texts} texts")
+    result, item = found.result, WORDS[found.item]
+    table = Table(title=f"Zero-shot retrieval ({found.level}), {result.items} {item}s and {result.texts} texts")
     table.add_column("direction")
     for name in [*(f"R@{k}" for k in KS), "median rank", "mAP@10"]:
         table.add_column(name, justify="right")

@@ -1,11 +1,14 @@
 """Layers with their gradients written by hand.
 
-Torch composes each of these from many passes over memory, and keeps the result of every one.
+Torch composes each of these from many passes over memory, and keeps the result of every one. A compiler does neither: where one
+is at work it is given the plain formula.
 
 Measured on two cores at 4,562 x 256 (benchmarks/NOTES.md): RMS norm 8.0 ms by torch, forward and backward.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +39,46 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "..."], eps: float) -> Float[Tensor, "*rows dim"]:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in fp32 or wider. `weight` broadcasts against x."""
+    if torch.compiler.is_compiling():
+        wide = _widened(x)
+        return wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
     return _RMSNorm.apply(x, weight, eps)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Mean 0 and variance 1 over the last axis (arXiv 1607.06450), in fp32 or wider."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        return F.layer_norm(_widened(x), self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float) -> RMSNorm | LayerNorm:
+    return {"rms": RMSNorm, "layer": LayerNorm}[kind](dim, eps)
 
 
 class _Rotate(torch.autograd.Function):
@@ -55,18 +87,22 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        ctx.dtype = x.dtype
+        return _rotated(_widened(x), cos, sin)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin).to(ctx.dtype), None, None
 
 
 def rotate(
     x: Float[Tensor, "T heads head_dim"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"]
 ) -> Float[Tensor, "T heads head_dim"]:
-    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles (RoFormer, arXiv 2104.09864)."""
+    """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles (RoFormer, arXiv 2104.09864), in fp32 or wider."""
+    if torch.compiler.is_compiling():
+        first, second = _widened(x).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -101,7 +137,37 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Float[Tensor, "T two_hidden"]) -> Float[Tensor, "T hidden"]:
     """silu(first half) * second half (arXiv 2002.05202)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
+
+
+def gelu(x: Float[Tensor, "T hidden"]) -> Float[Tensor, "T hidden"]:
+    """x * Phi(x), exact (arXiv 1606.08415)."""
+    return F.gelu(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, for which torch has fast kernels in both directions. Keeps x alone."""
+
+    @staticmethod
+    def forward(ctx, x: Float[Tensor, "T hidden"]):
+        ctx.save_for_backward(x)
+        return F.silu(x * 1.702, inplace=True).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        scaled = x * 1.702
+        return torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=scaled)
+
+
+def quick_gelu(x: Float[Tensor, "T hidden"]) -> Float[Tensor, "T hidden"]:
+    """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
+    if torch.compiler.is_compiling():
+        return x * (1.702 * x).sigmoid()
+    return _QuickGELU.apply(x)
 
 
 def _widened(x: Tensor) -> Tensor:

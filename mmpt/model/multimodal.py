@@ -1,8 +1,10 @@
 """The whole model: encoders write media features into the token stream, the shared transformer reads it, `<emb>` is pooled.
 
-images --encoder--> features (rows, D)
+images, sounds, clips --encoders--> features (rows, D), and one vector (E) an item for the tower's contrast
 tokens --embed--> x; x[media_index >= 0] = features[media_index] --transformer--> hidden
-hidden[pool_index >= 0] --sum per slot, project, normalise--> embeddings
+hidden[pool_index >= 0] --mean per slot, project, normalise--> embeddings
+
+Llama, Mixtral and BERT are configs of it without encoders; CLIP is one whose encoder's features stay outside (`fusion: false`).
 """
 
 from __future__ import annotations
@@ -16,71 +18,195 @@ from torch import Tensor, nn
 
 from mmpt.config import ModelConfig
 from mmpt.model.attention import AttentionLayout
-from mmpt.model.encoders import ImageEncoder
+from mmpt.model.encoders import AudioEncoder, Encoded, ImageEncoder, VideoEncoder
+from mmpt.model.layers import make_norm
+from mmpt.model.rotary import rotary_angles
+from mmpt.model.sentence import BertHead
 from mmpt.model.transformer import Transformer
-from mmpt.types import MediaBatch, ModelOutput, PackedBatch
+from mmpt.types import AUDIO, IMAGE, MODALITIES, NOTHING, TEXT, VIDEO, Embeddings, MediaBatch, ModelOutput, PackedBatch
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound: cosines are never multiplied by more than 100
+POSITION_STD = 0.02  # of learned positions and token types at the start, as BERT and GPT-2
 
 
 class MultimodalModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         """Weights are drawn by `initialize`, so that building on the meta device costs nothing."""
         super().__init__()
-        c = config.transformer
+        c, dim = config.transformer, config.transformer.dim
         self.config = config
-        self.image_encoder = ImageEncoder(config.image, c.dim)
-        self.embed_tokens = nn.Embedding(config.vocabulary, c.dim)
-        self.transformer = Transformer(
-            dim=c.dim,
-            layers=c.layers,
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            ffn_dim=c.ffn_dim,
-            causal=True,
-            rope_theta=c.rope_theta,
-            norm_eps=c.norm_eps,
-        )
-        self.embedding_head = nn.Linear(c.dim, config.embedding_dim, bias=False)
-        self.log_scale = nn.Parameter(torch.empty(1))  # one element, not none: FSDP shards along the first axis
+        widths = {
+            "out_dim": dim if config.fusion else None,
+            "embedding_dim": config.embedding_dim if "tower" in config.levels else None,
+        }
+        self.image_encoder = ImageEncoder(config.image, **widths) if config.image else None
+        self.audio_encoder = AudioEncoder(config.audio, **widths) if config.audio else None
+        self.video_encoder = VideoEncoder(config.video, config.image, **widths) if config.video else None
+        self.embed_tokens = nn.Embedding(config.vocabulary, dim)
+        self.embed_positions = nn.Embedding(c.max_positions, dim) if c.max_positions else None
+        self.embed_types = nn.Embedding(config.token_types, dim) if config.token_types else None
+        self.embedding_norm = make_norm(c.norm, dim, c.norm_eps) if config.embedding_norm else None
+        self.transformer = Transformer(c, experts=c.experts)
+        self.head = BertHead(dim, config.vocabulary, c.norm_eps) if config.head == "bert" else None
+        self.output = None if config.tie_embeddings else nn.Linear(dim, config.vocabulary, bias=False)
+        self.embedding_head = nn.Linear(dim, config.embedding_dim, bias=False) if "backbone" in config.levels else None
+        self.text_head = nn.Linear(dim, config.embedding_dim, bias=False) if "tower" in config.levels else None
+        # One element, not none: FSDP shards along the first axis.
+        self.log_scale = nn.ParameterDict({level: nn.Parameter(torch.empty(1)) for level in config.levels})
+        with_bias = config.levels if config.logit_bias_init is not None else ()
+        self.logit_bias = nn.ParameterDict({level: nn.Parameter(torch.empty(1)) for level in with_bias})
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """What stays as it is: a frozen encoder but for its projections, a frozen transformer with its embeddings and output."""
+        c = self.config
+        text = (self.embed_tokens, self.embed_positions, self.embed_types, self.embedding_norm, self.transformer, self.head)
+        frozen = [*text, self.output] if c.transformer.frozen else []
+        for config, encoder in ((c.image, self.image_encoder), (c.audio, self.audio_encoder)):
+            frozen += [encoder] if config and config.frozen else []
+        for part in filter(None, frozen):
+            part.requires_grad_(False)
+        for encoder in filter(None, (self.image_encoder, self.audio_encoder)):
+            for projection in filter(None, (encoder.project, encoder.head)):
+                projection.requires_grad_(True)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> MultimodalModel:
         """Draw all weights: the same seed gives the same weights on every layout."""
         torch.manual_seed(seed)
-        self.image_encoder.initialize()
-        self.transformer.initialize()
-        for weight in (self.embed_tokens.weight, self.embedding_head.weight):
-            nn.init.normal_(weight, std=self.config.transformer.dim**-0.5)
-        nn.init.constant_(self.log_scale, math.log(self.config.logit_scale_init))
+        for part in (self.image_encoder, self.transformer, self.audio_encoder, self.video_encoder, self.head):
+            if part is not None:
+                part.initialize()
+        for part in filter(None, (self.embed_tokens, self.embedding_head, self.text_head, self.output)):
+            nn.init.normal_(part.weight, std=self.config.transformer.dim**-0.5)
+        for part in filter(None, (self.embed_positions, self.embed_types)):
+            nn.init.normal_(part.weight, std=POSITION_STD)
+        if self.embedding_norm is not None:
+            self.embedding_norm.reset_parameters()
+        for scale in self.log_scale.values():
+            nn.init.constant_(scale, math.log(self.config.logit_scale_init))
+        for bias in self.logit_bias.values():
+            nn.init.constant_(bias, self.config.logit_bias_init)
         return self
 
     def forward(self, batch: PackedBatch) -> ModelOutput:
-        assert not len(batch.audios.grid) + len(batch.videos.grid), "there is an encoder for pictures alone"
-        x = self.place_media(self.embed_tokens(batch.tokens), batch.images, batch.media_index)
-        layout = AttentionLayout.from_document_ids(batch.document_ids)
-        hidden = self.transformer(x, batch.position_ids[None], layout)
+        c = self.config.transformer
+        encoded = self.encode(batch)
+        x = self.place_media(self.embed(batch), encoded, batch.media_index)
+        layout = AttentionLayout.from_document_ids(
+            batch.document_ids,
+            causal=c.mask != "bidirectional",
+            window=c.window,
+            spans=self.media_spans(batch) if c.mask == "media" else None,
+        )
+        angles = {"theta": c.rope_theta, "scaling": c.rope_scaling, "sections": c.rope_sections}
+        rotary = rotary_angles(batch.position_ids, c.head_dim, **angles) if c.positions == "rotary" else None
+        hidden, routing = self.transformer(x, layout, rotary, packs=batch.packs, valid=batch.document_ids >= 0)
+        weight = (self.output or self.embed_tokens).weight
         return ModelOutput(
             hidden=hidden,
-            embeddings=self.pool(hidden, batch.pool_index, len(batch.slots.pair)),
-            logit_scale=self.log_scale.float().clamp(0, MAX_LOG_SCALE).exp(),
+            output_hidden=self.head.transform(hidden) if self.head else hidden,
             # A view, not the parameter itself: FSDP hooks what is returned, once a step, and a parameter would keep its hooks.
-            output_weight=self.embed_tokens.weight.view_as(self.embed_tokens.weight),
+            output_weight=weight.view_as(weight),
+            output_bias=self.head.bias.view_as(self.head.bias) if self.head else None,
+            sentence_logits=self.head.sentence_logits(hidden, batch.document_ids) if self.head else None,
+            embeddings=self.embeddings(hidden, encoded, batch),
+            routing=routing,
         )
 
-    def place_media(self, x: Float[Tensor, "T D"], images: MediaBatch, media_index: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
-        """Media slots take their features. A batch without pictures encodes one blank patch and drops it:
-        every rank then runs the same modules, and so the same collectives."""
-        features = self.image_encoder(images if len(images.grid) else self.image_encoder.blank(media_index.device))
+    def embed(self, batch: PackedBatch) -> Float[Tensor, "T D"]:
+        x = self.embed_tokens(batch.tokens)
+        if self.embed_types is not None:
+            x = x + self.embed_types(batch.token_types)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(batch.position_ids[0])
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def encode(self, batch: PackedBatch) -> dict[int, Encoded]:
+        """What the encoders make of each modality: those that the batch has first, in the order in which `media_index` counts.
+
+        An encoder without media reads the smallest there is, whose features stand last and are never looked at: every rank
+        then runs the same modules, and so the same collectives, and every parameter has a gradient.
+        """
+        present, absent = {}, {}
+        for modality, media in batch.media.items():
+            encoder = {IMAGE: self.image_encoder, AUDIO: self.audio_encoder, VIDEO: self.video_encoder}[modality]
+            assert encoder is not None or not len(media.grid), f"{MODALITIES[modality]}s without an encoder for them"
+            if encoder is not None:
+                shared = (self.image_encoder,) if modality == VIDEO else ()
+                into = present if len(media.grid) else absent
+                into[modality] = encoder(media if len(media.grid) else encoder.blank(batch.tokens.device, *shared), *shared)
+        return present | absent
+
+    def place_media(self, x: Float[Tensor, "T D"], encoded: dict[int, Encoded], media_index: Int[Tensor, " T"]) -> Tensor:
+        """Media slots take their features."""
+        if not encoded or not self.config.fusion:
+            return x
+        features = torch.cat([found.features for found in encoded.values()])
         placed = F.embedding(media_index.clamp(min=0), features).to(x.dtype)
         return torch.where((media_index >= 0)[:, None], placed, x)
 
-    def pool(self, hidden: Float[Tensor, "T D"], pool_index: Int[Tensor, " T"], slots: int) -> Float[Tensor, "P E"]:
-        """Sum the tokens of each slot, project, bring to unit length in fp32."""
-        pooled_tokens = (pool_index >= 0).nonzero().flatten()
-        sums = hidden.new_zeros(slots, hidden.shape[1])
-        sums = sums.index_add(0, pool_index[pooled_tokens], hidden.index_select(0, pooled_tokens))
-        return F.normalize(self.embedding_head(sums).float(), dim=-1)
+    def media_spans(self, batch: PackedBatch) -> Int[Tensor, " T"]:
+        """The number of the item that each token shows, or -1."""
+        rows = torch.cat([self._feature_rows(modality, media) for modality, media in batch.media.items()])
+        item = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
+        item = torch.cat([item, item.new_full((1,), NOTHING)])  # where media_index is NOTHING, which is -1
+        return item[batch.media_index]
+
+    def _feature_rows(self, modality: int, media: MediaBatch) -> Int[Tensor, " M"]:
+        """Feature rows of every item."""
+        steps, height, width = media.grid.unbind(1)
+        if modality == AUDIO:
+            return steps // self.config.audio.frames_per_token if self.config.audio else steps
+        merged = self.config.video.merge_frames if modality == VIDEO and self.config.video else 1
+        return -(-steps // merged) * height * width // (self.config.image.merge**2 if self.config.image else 1)
+
+    def embeddings(self, hidden: Float[Tensor, "T D"], encoded: dict[int, Encoded], batch: PackedBatch) -> dict[str, Embeddings]:
+        """Of every level of the config, for all slots of the batch."""
+        pooled = self.pool(hidden, batch.pool_index, len(batch.slots.pair))
+        vectors = {}
+        if self.embedding_head is not None:
+            vectors["backbone"] = self.embedding_head(pooled).float()
+        if self.text_head is not None:
+            vectors["tower"] = self._of_towers(self.text_head(pooled).float(), encoded, batch)
+        return {level: self._unit_length(level, rows) for level, rows in vectors.items()}
+
+    def _of_towers(self, texts: Float[Tensor, "P E"], encoded: dict[int, Encoded], batch: PackedBatch) -> Float[Tensor, "P E"]:
+        """A text's from the transformer, a medium's from its encoder."""
+        if not encoded:
+            return texts
+        slots, start = batch.slots, 0
+        row = torch.zeros_like(slots.item)
+        for modality in encoded:
+            row = torch.where(slots.modality == modality, start + slots.item, row)
+            start += len(encoded[modality].pooled)
+        media = F.embedding(row, torch.cat([found.pooled.float() for found in encoded.values()]))
+        return torch.where((slots.modality == TEXT)[:, None], texts, media)
+
+    def _unit_length(self, level: str, rows: Float[Tensor, "P E"]) -> Embeddings:
+        return Embeddings(
+            vectors=F.normalize(rows, dim=-1),
+            norms=rows.detach().norm(dim=-1),
+            scale=self.log_scale[level].float().exp(),
+            bias=self.logit_bias[level].float().view(1) if level in self.logit_bias else None,
+        )
+
+    def pool(self, hidden: Float[Tensor, "T D"], pool_index: Int[Tensor, " T"], slots: int) -> Float[Tensor, "P D"]:
+        """The mean of the tokens of each slot; zeros for one without tokens."""
+        chosen = (pool_index >= 0).nonzero().flatten()
+        index = pool_index[chosen]
+        sums = hidden.new_zeros(slots, hidden.shape[1]).index_add(0, index, hidden.index_select(0, chosen))
+        counts = torch.bincount(index, minlength=slots).clamp(min=1)
+        return sums / counts[:, None]
+
+    @torch.no_grad()
+    def after_step(self, loads: Int[Tensor, "layers experts"] | None) -> None:
+        """What an optimizer step leaves to do: scales back within their bounds, where a gradient would not bring them, and
+        routing biases by the step's loads, over all ranks."""
+        for scale in self.log_scale.values():
+            scale.clamp_(0, MAX_LOG_SCALE)
+        if loads is not None:
+            self.transformer.rebalance(loads)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -1,105 +1,194 @@
-"""A stack of pre-norm transformer blocks over packed tokens: the shared transformer, and the body of the encoders."""
+"""A stack of transformer blocks over packed tokens: the shared transformer, and the body of the encoders.
+
+x (T, dim) --reorder--> blocks: attention within segments, feed-forward or experts --last norm, reorder back--> (T, dim)
+"""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from functools import partial
+from typing import Literal
 
-from mmpt.model.attention import AttentionLayout, Reorder, attend, rotary_angles
-from mmpt.model.layers import RMSNorm, rms_norm, rotate, swiglu
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mmpt.config import BlocksConfig, ExpertsConfig
+from mmpt.model.attention import AttentionLayout, Reorder, attend, kernel_dtype
+from mmpt.model.experts import Experts, Origin
+from mmpt.model.feed_forward import FeedForward
+from mmpt.model.layers import RMSNorm, make_norm, rms_norm, rotate
+from mmpt.types import Routing
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine, as `rotary_angles` gives them."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys (arXiv 2302.05442) and rotary positions."""
+    """What stands around grouped-query attention; queries and keys may be normalised (arXiv 2302.05442) and turned."""
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, norm_eps: float, *, causal: bool) -> None:
+    def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.causal = n_heads, n_kv_heads, dim // n_heads, causal
-        self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, norm_eps)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
-    def forward(
-        self, x: Float[Tensor, "T dim"], layout: AttentionLayout, rotary: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "T dim"]:
+    def heads(self, x: Float[Tensor, "T dim"], rotary: Rotary | None, short: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, n_heads, head_dim), keys and values (T, n_kv_heads, head_dim)."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        queries_keys, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
-        weight = torch.cat([self.q_norm.weight.expand(self.n_heads, -1), self.k_norm.weight.expand(self.n_kv_heads, -1)])
+        if self.q_norm is None and rotary is None:
+            heads = heads.to(kernel_dtype(heads, short))  # in one piece: casting each of the three is slow
+            return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         # Queries and keys side by side: half the passes over memory.
-        queries_keys = rotate(rms_norm(queries_keys, weight, self.q_norm.eps), *rotary)
+        queries_keys, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
+        if self.q_norm is not None:
+            weight = torch.cat([self.q_norm.weight.expand(self.n_heads, -1), self.k_norm.weight.expand(self.n_kv_heads, -1)])
+            queries_keys = rms_norm(queries_keys, weight, self.q_norm.eps)
+        if rotary is not None:
+            queries_keys = rotate(queries_keys, *rotary)
         q, k = queries_keys.split([self.n_heads, self.n_kv_heads], dim=1)
-        mixed = attend(q, k, v, layout, causal=self.causal)
-        return self.out(mixed.flatten(1))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU, arXiv 2002.05202."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Float[Tensor, "T dim"]) -> Float[Tensor, "T dim"]:
-        return self.down(swiglu(self.gate_up(x)))
+        return q, k, v
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, ffn_dim: int, norm_eps: float, *, causal: bool) -> None:
+    """Attention, then feed-forward or experts, each added to what it reads; norms stand before them, or behind the sums."""
+
+    def __init__(self, config: BlocksConfig, experts: ExpertsConfig | None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(dim, norm_eps)
-        self.attention = Attention(dim, n_heads, n_kv_heads, norm_eps, causal=causal)
-        self.ffn_norm = RMSNorm(dim, norm_eps)
-        self.ffn = FeedForward(dim, ffn_dim)
+        kinds = {"activation": config.activation, "bias": config.bias}
+        self.pre = config.norm_placement == "pre"
+        self.attention_norm = make_norm(config.norm, config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = make_norm(config.norm, config.dim, config.norm_eps)
+        if experts is None:
+            self.ffn = FeedForward(config.dim, config.ffn_dim, **kinds)
+        else:
+            self.ffn = Experts(config.dim, config.ffn_dim, experts, **kinds)
 
     def forward(
-        self, x: Float[Tensor, "T dim"], layout: AttentionLayout, rotary: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "T dim"]:
-        x = x + self.attention(self.attention_norm(x), layout, rotary)
-        return x + self.ffn(self.ffn_norm(x))
+        self, x: Float[Tensor, "T dim"], layout: AttentionLayout, rotary: Rotary | None, origin: Origin
+    ) -> tuple[Float[Tensor, "T dim"], Int[Tensor, " experts"] | None, Float[Tensor, " packs"] | None]:
+        """The hidden states, and the load and balance of experts: plain tensors, which recomputation can pass on."""
+        mixed = attend(*self.before(x, rotary, layout.short), layout)
+        return self.after(x, mixed, origin)
+
+    def before(self, x: Float[Tensor, "T dim"], rotary: Rotary | None, short: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads."""
+        return self.attention.heads(self.attention_norm(x) if self.pre else x, rotary, short)
+
+    def after(
+        self, x: Float[Tensor, "T dim"], mixed: Float[Tensor, "T heads head_dim"], origin: Origin
+    ) -> tuple[Float[Tensor, "T dim"], Int[Tensor, " experts"] | None, Float[Tensor, " packs"] | None]:
+        """What is done with what it gives."""
+        x = x + self.attention.out(mixed.flatten(1))
+        x = x if self.pre else self.attention_norm(x)
+        change, load, balance = self._feed(self.ffn_norm(x) if self.pre else x, origin)
+        x = x + change
+        return x if self.pre else self.ffn_norm(x), load, balance
+
+    def _feed(self, x: Float[Tensor, "T dim"], origin: Origin) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.ffn(x, origin) if isinstance(self.ffn, Experts) else (self.ffn(x), None, None)
 
 
 class Transformer(nn.Module):
-    """`layers` blocks and a last norm.
+    """`layers` blocks; a last norm if norms stand before the parts.
 
-    Positions have one row for text and one per spatial axis for media; a head's rotary pairs are shared out over the rows.
+    `recompute`, which is set from outside, says what the backward pass computes anew: full: whole blocks (arXiv 1604.06174);
+    selective: all of them but matrix products and attention, which can be differentiated once only.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        layers: int,
-        n_heads: int,
-        n_kv_heads: int,
-        ffn_dim: int,
-        causal: bool,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, config: BlocksConfig, *, experts: ExpertsConfig | None = None) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = dim // n_heads, rope_theta
-        self.blocks = nn.ModuleList(Block(dim, n_heads, n_kv_heads, ffn_dim, norm_eps, causal=causal) for _ in range(layers))
-        self.norm = RMSNorm(dim, norm_eps)
+        self.recompute: Literal["none", "selective", "full"] = "none"
+        self.blocks = nn.ModuleList(Block(config, experts) for _ in range(config.layers))
+        self.norm = make_norm(config.norm, config.dim, config.norm_eps) if config.norm_placement == "pre" else None
 
     def forward(
-        self, x: Float[Tensor, "T dim"], positions: Int[Tensor, "axes T"], layout: AttentionLayout
-    ) -> Float[Tensor, "T dim"]:
-        rotary = rotary_angles(positions[:, layout.order], self.head_dim, self.rope_theta)
-        x = Reorder.apply(x, layout.order, layout.inverse)
+        self,
+        x: Float[Tensor, "T dim"],
+        layout: AttentionLayout,
+        rotary: Rotary | None = None,
+        packs: int = 1,
+        valid: Bool[Tensor, " T"] | None = None,
+    ) -> tuple[Float[Tensor, "T dim"], tuple[Routing, ...]]:
+        """Hidden states, and how experts were used, layer by layer.
+
+        `x`, `rotary` (see mmpt.model.rotary) and `valid` stand in the order of the batch, of which every T / packs tokens are a
+        pack. Tokens that are not `valid`, padding, do not count in Routing.
+        """
+        order = layout.order
+        origin = Origin(order, layout.inverse, packs, valid)
+        rotary = None if rotary is None else (rotary[0][order], rotary[1][order])
+        x = Reorder.apply(x, order, layout.inverse)
+        routing = []
         for block in self.blocks:
-            x = block(x, layout, rotary)
-        return Reorder.apply(self.norm(x), layout.inverse, layout.order)
+            x, load, balance = self._run(block, x, layout, rotary, origin)
+            if load is not None:
+                routing.append(Routing(load=load, balance=balance))
+        x = x if self.norm is None else self.norm(x)
+        return Reorder.apply(x, layout.inverse, order), tuple(routing)
+
+    def _run(self, block: Block, *args):
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return block(*args)
+        contexts = {"context_fn": _selective} if self.recompute == "selective" else {}
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    def compile_blocks(self) -> None:
+        """Compile what stands around attention (torch.compile). Attention and experts depend on segments and loads, which would
+        have them compiled for every batch."""
+        for block in self.blocks:
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
+            if isinstance(block.ffn, Experts):
+                block.ffn.through_experts = torch.compiler.disable(block.ffn.through_experts)
+
+    @torch.no_grad()
+    def rebalance(self, load: Int[Tensor, "layers experts"]) -> None:
+        """After a step, with the loads of all ranks: bias-balanced routing moves its biases."""
+        layers = [block.ffn for block in self.blocks if isinstance(block.ffn, Experts)]
+        for experts, used in zip(layers, load, strict=True):
+            experts.rebalance(used)
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights that keep a vector's length; those that write into the residual stream shrink with depth (GPT-2)."""
+        """Normal weights that keep a vector's length; those that write into the residual stream shrink with depth (GPT-2).
+
+        Routers start small, so that experts start with nearly equal shares.
+        """
         shrink = (2 * max(len(self.blocks), 1)) ** -0.5
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                into_residual = name.endswith(("attention.out", "ffn.down"))
-                nn.init.normal_(module.weight, std=module.in_features**-0.5 * (shrink if into_residual else 1.0))
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name.split(".")[-2]:
+                nn.init.ones_(parameter)
+            else:
+                part = name.removesuffix(".weight")
+                into_residual = part.endswith(("attention.out", "ffn.down", "shared.down"))
+                scale = shrink if into_residual else 0.1 if part.endswith("router") else 1.0
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 * scale)
+        for name, buffer in self.named_buffers():
+            if name.endswith("ffn.bias"):
+                nn.init.zeros_(buffer)
+
+
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+}
+
+
+def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = partial(create_selective_checkpoint_contexts, _keep)

@@ -171,17 +171,19 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("workers", "prefetch", "prefetch_mib", "cache", "cache_gib")),
     *("data.spec", "data.tokenizer"),  # paths: what lies there has fingerprints in the loader's state
-    *(f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")),
+    *(f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "recompute")),
 }
 
 
 def refuse_changes(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> None:
-    """A run goes on as it began: name the first settings that differ, but for those that change no number."""
-    now = flatten(config.model_dump(mode="json"))
+    """A run goes on as it began: name the first settings that differ, in the sections that were saved, but for those that
+    change no number."""
+    now = flatten({section: value for section, value in config.model_dump(mode="json").items() if section in saved})
     then = flatten(saved)
-    changed = [key for key in then if key not in FREE_TO_CHANGE and now.get(key) != then[key]]
+    # A section that is left out is None, one that is there has settings of its own: both sides' keys count.
+    changed = [key for key in {**then, **now} if key not in FREE_TO_CHANGE and now.get(key) != then.get(key)]
     if changed:
-        shown = ", ".join(f"{key} was {then[key]!r} and is {now.get(key)!r}" for key in changed[:3])
+        shown = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{checkpoint} was written by another config: {shown}{more}; set them back, or give the new run its own name=..."

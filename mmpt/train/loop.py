@@ -6,6 +6,7 @@ config -> world -> model, optimizer, loader -> [train_step -> metrics -> evaluat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 from mmpt import config as configuration
 from mmpt.config import RunConfig
 from mmpt.data.loader import Loader
+from mmpt.model.convert import initialize_from
 from mmpt.model.multimodal import MultimodalModel, parameter_counts
-from mmpt.parallel.apply import shard_model
+from mmpt.parallel.apply import apply_layout
 from mmpt.parallel.mesh import World, join_world
 from mmpt.train import checkpoint
 from mmpt.train.evaluation import evaluate
@@ -25,7 +27,8 @@ from mmpt.train.machine import keep_freed_memory, make_repeatable
 from mmpt.train.metrics import Clock, MetricsLog, Ticker
 from mmpt.train.optimizer import make_optimizer
 from mmpt.train.step import train_step
-from mmpt.types import AUDIO, VIDEO, TrainState, UserError
+from mmpt.train.teacher import load_teacher
+from mmpt.types import TrainState
 
 
 def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None = None) -> Path:
@@ -37,28 +40,38 @@ def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None 
 
 
 def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path:
-    model = MultimodalModel(config.model).initialize(config.train.seed).to(world.device)
+    model = MultimodalModel(config.model).initialize(config.train.seed)
+    published = [] if checkpoint.newest(run) else initialize_from(model, config.model)
     counts = parameter_counts(model)
-    if world.mesh is not None:
-        shard_model(model, world.mesh)
+    apply_layout(model.to(world.device), config.train, world.device, world.mesh)
     optimizer = make_optimizer(model, config.optimizer)
     state = begin_or_resume(run, model, optimizer, config, world)
     begun = state.loader if state else None
     loader = Loader(config, rank=world.rank, world_size=world.size, state=begun, bad_samples=run / "bad_samples")
-    refuse_unread_media(loader)
     state = state or TrainState(step=0, loader=loader.state, samples=0)
+    teacher = load_teacher(config, world.device)
     with Ticker(console, config.train.steps, state.step, silent=not world.is_main) as ticker:
+        for line in published:
+            ticker.say(line)
         ticker.say(f"{run}: {counts['total']:,} parameters, {world.size} rank(s), from step {state.step} of {config.train.steps}")
-        _steps(config, run, world, model, optimizer, loader, state, ticker)
+        _steps(config, run, world, Learner(model=model, optimizer=optimizer, teacher=teacher), loader, state, ticker)
     return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What a step changes, and what it learns from."""
+
+    model: MultimodalModel
+    optimizer: Optimizer
+    teacher: MultimodalModel | None
 
 
 def _steps(
     config: RunConfig,
     run: Path,
     world: World,
-    model: nn.Module,
-    optimizer: Optimizer,
+    learner: Learner,
     loader: Loader,
     state: TrainState,
     ticker: Ticker,
@@ -67,16 +80,18 @@ def _steps(
     log = MetricsLog(run, state.step) if world.is_main else None
     clock = Clock(log.seconds_before if log else 0.0)
     batches, t, first = iter(loader), config.train, state.step
+    model, optimizer = learner.model, learner.optimizer
     for step in range(state.step, t.steps):
         micro_batches = [batch.to(world.device) for batch in islice(batches, t.accumulate)]
         if len(micro_batches) < t.accumulate:  # on every rank alike
             ticker.say(f"the data ended after {state.step} steps: a source of the mixture is exhausted")
             break
-        figures = train_step(model, optimizer, micro_batches, step, config, world)
+        logged = (step + 1) % t.log_every == 0 or step + 1 == t.steps
+        figures = train_step(model, optimizer, micro_batches, step, config, world, teacher=learner.teacher, detailed=logged)
         state = TrainState(step=step + 1, loader=micro_batches[-1].state, samples=state.samples + int(figures["documents"]))
         clock.count(figures["documents"])
         ticker.step(state.step)
-        if log and (state.step % t.log_every == 0 or state.step == t.steps):
+        if log and logged:
             figures |= {"samples": state.samples, **clock.read(), **loader.meter.read(), **loader.quarantine.figures}
             log.write("train", state.step, figures)
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
@@ -98,13 +113,6 @@ def report_scores(scores: Mapping[str, float], step: int, log: MetricsLog | None
         log.write("eval", step, scores)
         shown = (f"{name} {value:.3f}" for name, value in scores.items() if name.endswith(("R@1", "R@5", "token")))
         ticker.say(f"step {step}  {'  '.join(shown)}")
-
-
-def refuse_unread_media(loader: Loader) -> None:
-    """Raises UserError for a source with media that the model has no encoder for."""
-    for source in loader.plan.sources:
-        if source.has_media(AUDIO) or source.has_media(VIDEO):
-            raise UserError(f"source {source.name}: it has sounds or clips, and the model reads pictures and text alone")
 
 
 def begin_or_resume(run: Path, model: nn.Module, optimizer: Optimizer, config: RunConfig, world: World) -> TrainState | None:

@@ -102,11 +102,8 @@ class Ticker:
 
     def log(self, step: int, values: Mapping[str, float], seconds_left: float) -> None:
         """Show the figures of a logged step."""
-        figures = (
-            f"loss {values['loss']:.3f} (next token {values['loss/next_token']:.3f}, "
-            f"contrastive {values['loss/contrastive']:.3f})"
-            f"  {values['samples_per_second']:.0f} samples/s"
-        )
+        parts = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in objectives(values).items())
+        figures = f"loss {values['loss']:.3f}{f' ({parts})' if parts else ''}  {values['samples_per_second']:.0f} samples/s"
         self.bar.update(self.task, figures=figures)
         if not self.silent and not self.console.is_terminal:
             self.say(f"step {step}/{self.steps}  {figures}  {_clock(seconds_left)} left")
@@ -114,6 +111,17 @@ class Ticker:
     def say(self, line: str) -> None:
         if not self.silent:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def objectives(values: Mapping[str, float]) -> dict[str, float]:
+    """The weighted loss of each objective among the figures of a step: those of one objective's terms added up."""
+    sums: dict[str, float] = {}
+    for name, value in values.items():
+        kind, _, rest = name.partition("/")
+        objective = rest.split("/")[0]
+        if kind == "loss" and objective not in ("", "source", "modality"):
+            sums[objective] = sums.get(objective, 0.0) + value
+    return sums
 
 
 def _clock(seconds: float) -> str:

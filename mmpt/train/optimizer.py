@@ -11,13 +11,22 @@ from mmpt.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices and convolutions decay; norms, biases and the logit scale (one axis) do not."""
+    """Fused AdamW over what is not frozen. Matrices, tables, convolutions and stacked experts decay; what has one axis (norms,
+    biases, class tokens, scales) does not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, steps: int) -> float:
+    """Give every group the rate of the step, and return it."""
+    rate = learning_rate(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

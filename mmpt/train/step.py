@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mmpt.config import RunConfig
-from mmpt.objectives.combine import combine, global_counts, loss_terms
+from mmpt.model.multimodal import MultimodalModel
+from mmpt.objectives.combine import combine, contrast_losses, contrast_terms, global_counts, local_terms
 from mmpt.parallel.mesh import World
-from mmpt.train.optimizer import learning_rate
+from mmpt.train.figures import StepFigures
+from mmpt.train.grad_cache import cache_contrast
+from mmpt.train.optimizer import set_learning_rate
 from mmpt.types import PackedBatch, UserError
 
 
@@ -29,43 +33,69 @@ def _cpu_computes_bf16() -> bool:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch], step: int, config: RunConfig, world: World
+    model: MultimodalModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    step: int,
+    config: RunConfig,
+    world: World,
+    *,
+    teacher: MultimodalModel | None = None,
+    detailed: bool,
 ) -> dict[str, float]:
-    """Take step number `step` (from 0) on the rank's micro-batches; the returned figures are those of all ranks together."""
+    """Take step number `step` (from 0) on the rank's micro-batches.
+
+    The returned figures are those of all ranks together, see `StepFigures.read`; `detailed` adds those that cost time.
+    Raises UserError for a loss or a gradient that is not finite, before it reaches the weights.
+    """
+    objectives, contrastive, precision = config.objectives, config.objectives.contrastive, partial(autocast, config, world.device)
     counts = global_counts(batches, world.group)
-    rate = learning_rate(config.optimizer, step, config.train.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        with autocast(config, world.device):
+    rate = set_learning_rate(optimizer, config.optimizer, step, config.train.steps)
+    figures = StepFigures(model, batches, world.group, detailed=detailed)
+    cache = None
+    if contrastive.grad_cache and len(batches) > 1:
+        cache = cache_contrast(model, batches, contrastive, counts, world.group, precision)
+    if cache:
+        figures.add_terms(contrast_terms(contrastive, cache.losses, counts), cache.losses, None)
+    for number, batch in enumerate(batches):
+        with precision(), torch.no_grad():
+            taught = teacher(batch) if teacher else None
+        with precision(), cache.repeating(number) if cache else nullcontext():
             output = model(batch)
-            terms, contrast = loss_terms(config.objectives, output, batch, counts, world.group)
-        loss = combine(terms)
-        loss.backward()
-        figures = {"loss": loss} | {f"loss/{name}": term.value for name, term in terms.items()}
-        figures |= {"contrast/correct": contrast.correct, "contrast/negatives": contrast.negatives}
-        sums = {name: sums.get(name, 0.0) + value.detach() for name, value in figures.items()}
+        with precision():
+            pairs = {} if cache else contrast_losses(contrastive, output.embeddings, batch.slots, counts, world.group)
+            terms = {**local_terms(objectives, output, batch, counts, taught), **contrast_terms(contrastive, pairs, counts)}
+        losses = combine(terms) | ({"contrastive": cache.pull(number, output.embeddings)} if cache else {})
+        figures.add_terms(terms, pairs, number)
+        figures.add_output(output, losses)
+        loss = sum(losses.values(), torch.zeros(()))
+        if loss.requires_grad:  # not where nothing in the data is to be learned
+            loss.backward()
+    _fill_gradients(model)
     grad_norm = _clip(model, config.optimizer.clip_norm)
-    report = _over_ranks(sums, world)
-    if not math.isfinite(report["loss"] + grad_norm):
-        raise UserError(
-            f"step {step}: loss {report['loss']}, gradient norm {grad_norm}: not finite; lower optimizer.lr "
-            f"(now {config.optimizer.lr}) or raise optimizer.warmup_steps (now {config.optimizer.warmup_steps})"
-        )
+    figures.over_ranks()
+    _refuse_infinite(step, figures.loss, grad_norm, config)
     optimizer.step()
     optimizer.zero_grad()
-    pairs = max(counts["contrastive"], 1)
-    report["contrast/batch_R@1"] = report.pop("contrast/correct") / (2 * pairs)
-    report["contrast/negatives"] /= pairs
-    return report | {
-        "grad_norm": grad_norm,
-        "lr": rate,
-        "logit_scale": float(output.logit_scale.detach()),
-        "tokens_predicted": counts["next_token"],
-        "pairs": counts["contrastive"],
-        "documents": counts["documents"],
-    }
+    experts = config.model.transformer.experts
+    model.after_step(figures.loads if experts and experts.balance == "bias" else None)
+    return figures.read(contrastive, counts) | {"grad_norm": grad_norm, "lr": rate}
+
+
+def _fill_gradients(model: nn.Module) -> None:
+    """Zeros where no loss reached, such as BERT's classifier without pairs of texts: the optimizer then has a state for every
+    parameter, as a checkpoint wants it."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _refuse_infinite(step: int, loss: float, grad_norm: float, config: RunConfig) -> None:
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; lower optimizer.lr "
+            f"(now {config.optimizer.lr}) or raise optimizer.warmup_steps (now {config.optimizer.warmup_steps})"
+        )
 
 
 def _clip(model: nn.Module, max_norm: float) -> float:
@@ -75,10 +105,3 @@ def _clip(model: nn.Module, max_norm: float) -> float:
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _over_ranks(sums: dict[str, Tensor], world: World) -> dict[str, float]:
-    values = torch.stack([value.float().squeeze() for value in sums.values()])
-    if world.group is not None:
-        dist.all_reduce(values, group=world.group)
-    return dict(zip(sums, values.tolist(), strict=True))

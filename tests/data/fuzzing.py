@@ -178,7 +178,8 @@ def write_corpus(folder: Path) -> None:
 def run_config(folder: Path) -> RunConfig:
     image = {"size": 32, "patch": 8, "merge": 2, "dim": 32, "layers": 1, "n_heads": 2, "ffn_dim": 64}
     transformer = {"dim": 32, "layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 64}
-    model = {"vocabulary": 300, "embedding_dim": 16, "image": image, "video": {"size": 32}, "transformer": transformer}
+    model = {"vocabulary": 300, "embedding_dim": 16, "image": image, "transformer": transformer}
+    model |= {"video": {"size": 32}, "audio": {"dim": 32, "layers": 1, "n_heads": 2, "ffn_dim": 64}}
     data = {
         "spec": str(folder / "spec.yaml"),
         "tokenizer": str(folder / "tokenizer.json"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tasks import all_tasks
 
 from mmpt.config import AugmentConfig, RunConfig
 from mmpt.data.ledger import Layout, chase, entries, first_difference, read
@@ -24,10 +25,16 @@ def small(config: RunConfig) -> RunConfig:
     return with_data(config, pack_tokens=96, packs_per_batch=1, window=16, augment=AugmentConfig(rotate=10))
 
 
-def test_a_run_killed_and_resumed_under_every_layout_reads_what_one_process_reads(four_config: RunConfig):
-    """World sizes 1, 2, 3, 4, 8 with 0, 1, 2, 4 workers each, killed after one to three steps."""
+def test_a_run_killed_and_resumed_under_every_layout_reads_what_one_process_reads(
+    four_config: RunConfig, four_data: Path, tmp_path: Path
+):
+    """World sizes 1, 2, 3, 4, 8 with 0, 1, 2, 4 workers each, killed after one to three steps; all tasks are in the mixture.
+
+    A document's place in its pack tells where second texts were exchanged before it: it is part of every row.
+    """
     layouts = []
-    whole, chased = chase(small(four_config), seed=1, tell=lambda layout, first, last: layouts.append(layout))
+    config = small(all_tasks(four_config, tmp_path, four_data / "four.yaml"))
+    whole, chased = chase(config, seed=1, tell=lambda layout, first, last: layouts.append(layout))
     assert first_difference(whole, chased) is None and len(whole) > 20
     assert len(set(layouts)) == 20
     rows = [row for rows in whole for row in rows]

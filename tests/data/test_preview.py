@@ -19,7 +19,7 @@ import soundfile
 from conftest import image_part, picture
 
 import mmpt.data.preview
-from mmpt.config import AugmentConfig, RunConfig
+from mmpt.config import AugmentConfig, ModelConfig, RunConfig, parse
 from mmpt.data.loader import Loader
 from mmpt.data.preview import preview
 from mmpt.data.shards import ShardWriter
@@ -178,7 +178,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(folder: Path, tiny_config: RunConfig) -> RunConfig:
-    model = tiny_config.model.model_copy(update={"video": tiny_config.model.video.model_copy(update={"size": 32})})
+    sections = {"audio": {"dim": 32, "layers": 1, "n_heads": 2, "ffn_dim": 64}, "video": {"size": 32}}
+    model = ModelConfig.model_validate(tiny_config.model.model_dump() | sections)
     data = tiny_config.data.model_copy(
         update={"tokenizer": str(folder / "tokenizer.json"), "pack_tokens": 128, "pack_media": 256, "window": 20}
     )
@@ -316,6 +317,8 @@ def test_tokens_are_those_of_the_document(page: Page):
         "row N tokens, N predicted",
         "text N, contrasted N tokens",
         "picture N, contrasted N tokens",
+        "sound N, contrasted N tokens",
+        "video N, contrasted N tokens",
     ]
     assert "".join(chip for kind, chip in rows[0] if kind == "predicted") == "a red disc and a tone ☃<eos>"
     assert "".join(chip for kind, chip in rows[0] if kind == "given") == "what is this?"
@@ -324,6 +327,47 @@ def test_tokens_are_those_of_the_document(page: Page):
     ]
     assert "".join(chip for _, chip in rows[1]) == "<bos>what is this?<emb>"
     assert rows[2] == [("picture", "picture 1 × 4"), ("emb", "<emb>")]
+    assert rows[4] == [("video", "video 1 × 16"), ("emb", "<emb>")]
+
+
+def test_a_page_of_towers_alone(config: RunConfig, folder: Path, tmp_path: Path):
+    """CLIP's: one row of words, media beside it, with the tokenizer and the crops of a CLIP run."""
+    tree = config.model_dump()
+    tree["model"] |= {"fusion": False, "levels": ["tower"], "vocabulary": 49408}
+    tree["model"]["image"]["resize"] = "crop"
+    tree["data"] |= {"tokenizer": "open_clip:ViT-B-32", "augment": {"crop": 0.5}}
+    page = Page(preview(parse(tree, "clip"), tmp_path / "page.html", spec=folder / "four.yaml").read_text())
+    article = page.article("everything")
+    assert "pictures augmented as in that epoch" in page.root.text
+    notes = [part.all("p", "note")[-1].text for part in article.all("section", "part")]
+    assert notes[1] == "40 × 40 → 32 × 32, 16 rows" and notes[4].endswith("4 frames of 32 × 32, 64 rows")
+    (row,) = article.all("p", "tokens")
+    kinds = chips(row)
+    assert [kind for kind, _ in kinds] == ["special", *["given"] * 4, "emb", "picture", "sound", "video"]
+    assert "".join(chip for _, chip in kinds) == "<start_of_text>what is this ? <end_of_text>picture 1sound 1video 1"
+    columns = [[int(cell.text.replace(",", "")) for cell in row.all("td")[2:]] for row in page.root.all("table")[0].all("tr")[1:]]
+    assert all(sum(counts[:-1]) == counts[-1] and min(counts) >= 0 for counts in columns)
+    (image,) = article.all("section", "picture")[0].all("img")
+    assert PIL.Image.open(uri(image.attributes["src"], "image/png")).size == (32, 32)
+
+
+def test_hidden_words_are_shown_with_what_is_asked(config: RunConfig, folder: Path, tmp_path: Path):
+    """A model of text alone, whose tokens are hidden where they stand."""
+    Tokenizer.train(["many words, " * 9, "plain text 0123"], 300, mask=True).save(tmp_path / "t.json")
+    (tmp_path / "m.yaml").write_text(
+        f"version: 1\nname: m\nmixture: [{{spec: {os.path.relpath(folder / 'plain.yaml', tmp_path)}, weight: 1, task: masked}}]\n"
+    )
+    tree = config.model_dump()
+    tree["data"]["tokenizer"] = str(tmp_path / "t.json")
+    tree["model"] |= {"image": None, "audio": None, "video": None}
+    tree["model"]["transformer"]["mask"] = "bidirectional"
+    page = Page(preview(parse(tree, "masked"), tmp_path / "page.html", spec=tmp_path / "m.yaml").read_text())
+    shown = [chip for article in page.root.all("article") for row in article.all("p", "tokens") for chip in chips(row)]
+    hidden = [chip for kind, chip in shown if kind == "predicted"]
+    assert hidden and all(" → " in chip for chip in hidden) and any(chip.startswith("<mask> → ") for chip in hidden)
+    assert {kind for kind, _ in shown} <= {"special", "given", "predicted"}
+    whole = "".join(chip.partition(" → ")[2] if kind == "predicted" else chip for kind, chip in shown)
+    assert {f"<bos>plain text {n}<eos>" for n in range(3)} == set(re.findall("<bos>.*?<eos>", whole))
 
 
 def test_a_faulty_part_and_a_faulty_document_are_told(page: Page):

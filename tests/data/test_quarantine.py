@@ -44,10 +44,10 @@ def load(config: RunConfig, count: int, folder: Path | None = None) -> list[Pack
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_medium_that_changed_is_masked_and_the_plan_does_not_move(
-    four_data: Path, tiny_config: RunConfig, tmp_path: Path, workers: int
+    four_data: Path, four_config: RunConfig, tmp_path: Path, workers: int
 ):
     """Other documents are equal to the bit; the faulty picture's tokens have no features and no loss."""
-    sound = config_of(tiny_config, four_data / "four.yaml", workers=workers)
+    sound = config_of(four_config, four_data / "four.yaml", workers=workers)
     whole = load(sound, 2)
     folder = copy(four_data, tmp_path / "four")
     damage(folder / "four-00000.tar", b"IHDR", skip=30)
@@ -66,12 +66,12 @@ def test_a_medium_that_changed_is_masked_and_the_plan_does_not_move(
     assert [line["reason"] for line in lines] == ["crc"] * len(faults) and lines[0]["source"] == "four"
 
 
-def test_a_document_whose_json_changed_is_padding(four_data: Path, tiny_config: RunConfig, tmp_path: Path):
+def test_a_document_whose_json_changed_is_padding(four_data: Path, four_config: RunConfig, tmp_path: Path):
     epoch = {"packs_per_batch": 12}
-    whole = load(config_of(tiny_config, four_data / "four.yaml", **epoch), 1)[0]
+    whole = load(config_of(four_config, four_data / "four.yaml", **epoch), 1)[0]
     folder = copy(four_data, tmp_path / "four")
     damage(folder / "four-00000.tar", b'"id": "four01"', skip=3)
-    found = load(config_of(tiny_config, folder / "four.yaml", **epoch), 1)[0]
+    found = load(config_of(four_config, folder / "four.yaml", **epoch), 1)[0]
     (fault,) = {fault.key: fault for fault in found.report.faults}.values()
     assert (fault.key, fault.part, fault.reason) == ("four01", NOTHING, "crc")
     gone = (whole.document_ids != NOTHING) & (found.document_ids == NOTHING)
@@ -79,21 +79,21 @@ def test_a_document_whose_json_changed_is_padding(four_data: Path, tiny_config: 
     assert torch.equal(whole.labels[~gone], found.labels[~gone]) and whole.provenance == found.provenance
 
 
-def test_policy_stop_ends_the_run_with_the_document(four_data: Path, tiny_config: RunConfig, tmp_path: Path):
+def test_policy_stop_ends_the_run_with_the_document(four_data: Path, four_config: RunConfig, tmp_path: Path):
     folder = copy(four_data, tmp_path / "four")
     damage(folder / "four-00000.tar", b"IHDR", skip=30)
     with (folder / "four.yaml").open("a") as spec:
         spec.write("on_bad: {policy: stop}\n")
     with pytest.raises(UserError, match=r"source four: on_bad.policy is stop, and document four00 of four-00000.tar"):
-        load(config_of(tiny_config, folder / "four.yaml"), 4)
+        load(config_of(four_config, folder / "four.yaml"), 4)
 
 
-def test_an_evaluation_names_the_faulty_document(four_data: Path, tiny_config: RunConfig, tokenizer: Tokenizer, tmp_path: Path):
+def test_an_evaluation_names_the_faulty_document(four_data: Path, four_config: RunConfig, tokenizer: Tokenizer, tmp_path: Path):
     folder = copy(four_data, tmp_path / "four")
     damage(folder / "four-00000.tar", b"IHDR", skip=30)
     corpus = Corpus.open(load_spec(folder / "four.yaml"), "train")
     with pytest.raises(UserError, match=r"four: document four00 of four-00000\.tar: its bytes have changed"):
-        list(refuse_faults(sequential_batches(corpus, tokenizer, tiny_config)))
+        list(refuse_faults(sequential_batches(corpus, tokenizer, four_config)))
 
 
 def fault(number: int, source: str = "s") -> Fault:
@@ -110,8 +110,8 @@ def test_too_large_a_share_ends_the_run(bad: int, seen: int, stops: bool):
         refuse_too_many("s", bad, seen, OnBad(), first)
 
 
-def test_many_faults_in_a_row_end_the_run(four_data: Path, tiny_config: RunConfig):
-    (batch,) = load(config_of(tiny_config, four_data / "four.yaml"), 1)
+def test_many_faults_in_a_row_end_the_run(four_data: Path, four_config: RunConfig):
+    (batch,) = load(config_of(four_config, four_data / "four.yaml"), 1)
 
     def with_faults(count: int) -> PackedBatch:
         refs = tuple(replace(batch.provenance[0], source="s", key=f"k{number}", epoch=0, piece=0) for number in range(count))
@@ -126,17 +126,17 @@ def test_many_faults_in_a_row_end_the_run(four_data: Path, tiny_config: RunConfi
 
 
 def test_documents_that_were_faulty_when_indexed_are_left_out_and_counted(
-    four_data: Path, tiny_config: RunConfig, tmp_path: Path
+    four_data: Path, four_config: RunConfig, tmp_path: Path
 ):
     folder = copy(four_data, tmp_path / "four")
     path = folder / "four-00000.tar"
     path.write_bytes(path.read_bytes().replace(b'"v": 1, "id": "four02"', b'"v": 2, "id": "four02"'))
-    keys = {ref.key for batch in load(config_of(tiny_config, folder / "four.yaml"), 6) for ref in batch.provenance}
+    keys = {ref.key for batch in load(config_of(four_config, folder / "four.yaml"), 6) for ref in batch.provenance}
     assert keys == {f"four{number:02d}" for number in range(16)} - {"four02"}
 
 
-def test_a_fault_marks_its_own_piece_of_a_document_alone(four_data: Path, tiny_config: RunConfig):
-    (batch,) = load(config_of(tiny_config, four_data / "four.yaml"), 1)
+def test_a_fault_marks_its_own_piece_of_a_document_alone(four_data: Path, four_config: RunConfig):
+    (batch,) = load(config_of(four_config, four_data / "four.yaml"), 1)
     pieces = tuple(replace(batch.provenance[0], source="s", key="k0", epoch=0, piece=piece) for piece in range(2 * IN_A_ROW))
     one = replace(batch, provenance=pieces, report=replace(batch.report, faults=(replace(fault(0), piece=3),)))
     quarantine = Quarantine({"s": OnBad()}, None, 0)

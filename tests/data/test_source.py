@@ -60,8 +60,8 @@ def all_slots(source: Source, epoch: int) -> list[Slot]:
     return [Slot(source=0, document=document, epoch=of, piece=0, tokens=tokens) for of, document, tokens in columns]
 
 
-def test_every_document_of_four_modalities_is_what_was_planned(four_data: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
-    source = source_of(four_data / "four.yaml", tokenizer, tiny_config)
+def test_every_document_of_four_modalities_is_what_was_planned(four_data: Path, tokenizer: Tokenizer, four_config: RunConfig):
+    source = source_of(four_data / "four.yaml", tokenizer, four_config)
     slots = all_slots(source, 0)
     assert sorted(slot.document for slot in slots) == list(range(16))
     for slot in slots:
@@ -73,7 +73,7 @@ def test_every_document_of_four_modalities_is_what_was_planned(four_data: Path, 
                 rows += len(sound(part, source.budget).values)
             else:
                 frames = pixels(part, source.budget, 0).frames
-                rows += frames.shape[0] * frames.shape[2] * frames.shape[3] // tiny_config.model.image.patch**2
+                rows += frames.shape[0] * frames.shape[2] * frames.shape[3] // four_config.model.image.patch**2
         assert rows == source.media_rows[slot.document]
 
 
@@ -135,7 +135,7 @@ def test_frames_keep_their_time_stamps(four_config: RunConfig):
     assert batch.audios.times[:3].tolist() == pytest.approx([0.0, 0.01, 0.02])
 
 
-def test_the_sound_of_a_clip_is_a_part_of_its_own_where_it_is_asked_for(tmp_path: Path, tiny_config: RunConfig):
+def test_the_sound_of_a_clip_is_a_part_of_its_own_where_it_is_asked_for(tmp_path: Path, four_config: RunConfig):
     """A tone of 440 Hz through the second half of a clip of two seconds: one mel band is loud in every frame."""
     video = {"type": "video", "file": "000.mp4", "wh": [48, 32], "fps": 10, "frames": 20, "clip": [1, 2], "audio": True}
     with ShardWriter(tmp_path, "talk", samples_per_shard=1) as writer:
@@ -143,12 +143,12 @@ def test_the_sound_of_a_clip_is_a_part_of_its_own_where_it_is_asked_for(tmp_path
     tree = {"version": 1, "name": "talk", "format": "interleaved", "split": {"train": ":"}}
     (tmp_path / "talk.yaml").write_text(yaml.safe_dump(tree | {"shards": {"root": ".", "pattern": "talk-00000.tar"}}))
     data = {"spec": str(tmp_path / "talk.yaml"), "packs_per_batch": 1, "window": 1}
-    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update=data)})
+    config = four_config.model_copy(update={"data": four_config.data.model_copy(update=data)})
     (batch,) = islice(Loader(config, 0, 1), 1)
     assert not batch.report.faults and batch.videos.grid.tolist() == [[1, 4, 4]] and batch.audios.grid.tolist() == [[104, 1, 1]]
     loudest = batch.audios.values[:98].argmax(dim=1)
     assert loudest.unique().numel() <= 2 and batch.audios.times[0] == 1.0
-    assert (batch.media_index >= 0).sum() == 4 + 13
+    assert (batch.media_index >= 0).sum() == 4 + 2 * 13, "the sound stands in the row, and once more to be contrasted"
 
 
 def test_pairs_in_both_orders_are_evaluated(tmp_path: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
@@ -157,9 +157,9 @@ def test_pairs_in_both_orders_are_evaluated(tmp_path: Path, tokenizer: Tokenizer
     assert sum(batch.documents for batch in sequential_batches(corpus, tokenizer, tiny_config)) == 20
 
 
-def test_no_pack_of_an_evaluation_holds_more_media_than_it_may(four_data: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
+def test_no_pack_of_an_evaluation_holds_more_media_than_it_may(four_data: Path, tokenizer: Tokenizer, four_config: RunConfig):
     data = {"pack_media": 150, "packs_per_batch": 1}
-    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update=data)})
+    config = four_config.model_copy(update={"data": four_config.data.model_copy(update=data)})
     corpus = Corpus.open(load_spec(four_data / "four.yaml"), "train")
     rows = [
         sum(len(media.values) for media in (batch.images, batch.audios, batch.videos))
@@ -168,13 +168,13 @@ def test_no_pack_of_an_evaluation_holds_more_media_than_it_may(four_data: Path, 
     assert 100 < max(rows) <= 150
 
 
-def test_a_document_of_absurd_length_is_named(tmp_path: Path, tokenizer: Tokenizer, tiny_config: RunConfig):
+def test_a_document_of_absurd_length_is_named(tmp_path: Path, tokenizer: Tokenizer, four_config: RunConfig):
     """A clip that is shown 30,000 times costs more than 32 bits hold."""
     video = {"type": "video", "file": "000.mp4", "wh": [48, 32], "fps": 1, "frames": 99, "clip": [0, 1024]}
     with ShardWriter(tmp_path, "many", samples_per_shard=1) as writer:
         writer.write("a", {"v": 1, "parts": [video] * 30_000}, {"000.mp4": b"unread"})
     tree = {"version": 1, "name": "many", "format": "interleaved", "split": {"train": ":"}, "video": {"max_frames": 1024}}
     (tmp_path / "many.yaml").write_text(yaml.safe_dump(tree | {"shards": {"root": ".", "pattern": "many-00000.tar"}}))
-    config = tiny_config.model_copy(update={"data": tiny_config.data.model_copy(update={"pack_tokens": 8192})})
+    config = four_config.model_copy(update={"data": four_config.data.model_copy(update={"pack_tokens": 8192})})
     with pytest.raises(UserError, match=r"source many: document a takes [0-9,]+ tokens or media rows"):
         source_of(tmp_path / "many.yaml", tokenizer, config)

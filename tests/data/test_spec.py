@@ -216,12 +216,39 @@ def test_a_spec_alone_is_a_mixture_of_one(tmp_path: Path) -> None:
     assert [spec.path for spec in mixture.specs()] == [tmp_path / "spec.yaml"]
 
 
-def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_specs_of_one_name_are_refused(tmp_path: Path) -> None:
     write(tmp_path).rename(tmp_path / "other.yaml")
     write(tmp_path)
     (tmp_path / "both.yaml").write_text(MIXTURE)
     with pytest.raises(UserError, match="two of its specs have the name 'tiny'"):
         load_mixture(tmp_path / "both.yaml").specs()
+
+
+TASKS = """\
+version: 1
+name: tasks
+mixture:
+  - {spec: spec.yaml, weight: 2}
+  - {spec: spec.yaml, weight: 1, task: masked}
+  - {spec: ./spec.yaml, weight: 1, task: span}
+"""
+
+
+def test_one_spec_may_have_several_tasks(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "tasks.yaml").write_text(TASKS)
+    mixture = load_mixture(tmp_path / "tasks.yaml")
+    specs = mixture.specs()
+    assert [spec.name for spec in specs] == ["tiny"] * 3 and [spec.name for spec in mixture.corpora()] == ["tiny"]
+    names = [part.source_name(spec.name) for part, spec in zip(mixture.mixture, specs, strict=True)]
+    assert names == ["tiny", "tiny:masked", "tiny:span"]
+
+
+def test_one_spec_with_one_task_twice_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "tasks.yaml").write_text(TASKS.replace("task: span", "task: masked"))
+    with pytest.raises(UserError, match="source 'tiny:masked' stands there twice; take one out, or give it another task"):
+        load_mixture(tmp_path / "tasks.yaml").specs()
 
 
 @pytest.mark.parametrize(
@@ -231,6 +258,7 @@ def test_two_sources_of_one_name_are_refused(tmp_path: Path) -> None:
         (("on_exhausted: stop", "on_exhausted: loop"), "mixture.1.on_exhausted = 'loop'"),
         (("max_epochs: 2", "max_epochs: 0"), "mixture.1.max_epochs = 0"),
         (("unit: samples", "unit: bytes"), "unit = 'bytes'"),
+        (("weight: 2", "weight: 2, task: cloze"), "mixture.0.task = 'cloze'"),
         (("spec: spec.yaml", "spec: 'pipe:cat'"), "never run"),
     ],
 )

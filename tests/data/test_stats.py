@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
 import fuzzing
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
-from mmpt.config import RunConfig
+from mmpt.config import ModelConfig, RunConfig
 from mmpt.data.loader import Loader
 from mmpt.data.shards import ShardWriter
 from mmpt.data.stats import render, stats
@@ -100,6 +102,23 @@ def test_a_mixture_has_a_column_for_each_source(folder: Path, tokenizer: Tokeniz
     text = out.getvalue()
     for shown in ("fuzzed", "texts", "faulty: missing", "picture width: min, 5 %, median, 95 %, max", "packs of the mixture"):
         assert shown in text
+
+
+def test_a_spec_that_stands_twice_has_a_column_for_each_task(folder: Path, config: RunConfig, tmp_path: Path) -> None:
+    once = {"spec": os.path.relpath(folder / "texts" / "spec.yaml", tmp_path), "weight": 1}
+    mixture = {"version": 1, "name": "twice", "mixture": [once, once | {"max_epochs": 2, "task": "masked"}]}
+    (tmp_path / "twice.yaml").write_text(yaml.safe_dump(mixture))
+    Tokenizer.train(["aaaaa"], 300, mask=True).save(tmp_path / "t.json")
+    found = stats(tmp_path / "twice.yaml", "train", Tokenizer.load(tmp_path / "t.json"), config)
+    assert list(found.sources) == ["texts", "texts:masked"] and found.fill > 0
+
+
+def test_of_towers_alone(folder: Path, tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Of a document its first text is a segment; media take no tokens."""
+    model = ModelConfig.model_validate(config.model.model_dump() | {"fusion": False, "levels": ["tower"]})
+    source = stats(folder / "spec.yaml", "train", tokenizer, config.model_copy(update={"model": model})).sources["fuzzed"]
+    assert source.tokens["image"] == source.tokens["audio"] == source.tokens["video"] == 0 < source.tokens["text"]
+    assert source.lengths["max"] <= source.tokens["text"] + 2 and 0 < source.fill <= 1
 
 
 def test_quantiles_are_numpys(folder: Path) -> None:

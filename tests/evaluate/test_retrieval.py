@@ -110,15 +110,23 @@ def test_equals_sorting_at_every_block_size(data, block_scores):
             assert ranking.map_10 == pytest.approx(precision)
 
 
-def clip_benchmark_recall(scores, positive_pairs, k):
-    """CLIP_benchmark 1.6, metrics/zeroshot_retrieval.py: recall_at_k, then `> 0` and the mean over queries."""
-    topk = torch.topk(scores, min(k, scores.shape[1]), dim=1).indices
-    found = F.one_hot(topk, num_classes=scores.shape[1]) * positive_pairs[:, None, :]
-    recall = found.sum(dim=(1, 2)) / positive_pairs.sum(dim=1)
-    return (recall > 0).float().mean().item()
+CLIP_BENCHMARK = {
+    "1": ((0.2800, 0.5350, 0.6950), (0.2650, 0.5200, 0.7050)),
+    "5": ((0.2900, 0.5460, 0.6760), (0.4750, 0.7950, 0.9100)),
+    "ragged": ((0.2988, 0.5738, 0.6988), (0.4600, 0.7150, 0.8200)),
+}
+"""What `clip_benchmark.metrics.zeroshot_retrieval.evaluate` of version 1.6.2 gave for the embeddings of the test below, to four
+places: by captions of a picture, image_retrieval_recall@1, 5, 10, and text_retrieval_recall@1, 5, 10. It is no dependency: what
+it asks for beside that one module are 150 MB of other metrics."""
 
 
-@pytest.mark.parametrize("captions", ["1", "5", "ragged"])
+def top_k_recall(scores, right, k):
+    """The same by its definition: the share of queries of which a right candidate is among the k best."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.mean([bool(set(places) & set(np.flatnonzero(row))) for places, row in zip(best, right, strict=True)])
+
+
+@pytest.mark.parametrize("captions", CLIP_BENCHMARK)
 def test_recall_is_that_of_clip_benchmark(captions):
     generator = torch.Generator().manual_seed(1)
     low, high = {"1": (1, 2), "5": (5, 6), "ragged": (1, 8)}[captions]
@@ -127,13 +135,12 @@ def test_recall_is_that_of_clip_benchmark(captions):
     texts = F.normalize(items[owner] + 2.5 * torch.randn(len(owner), 32, generator=generator), dim=1)
     items = F.normalize(items, dim=1)
     result = retrieval(items, texts, owner)
-    scores = texts @ items.T
-    positive_pairs = F.one_hot(owner, num_classes=200).bool()
-    for k in (1, 5, 10):
-        expected = clip_benchmark_recall(scores, positive_pairs, k), clip_benchmark_recall(scores.T, positive_pairs.T, k)
-        assert 0.05 < min(expected) < 1.0
-        assert result.text_to_item.ties_won.recall[k] == pytest.approx(expected[0], abs=1e-6)
-        assert result.item_to_text.ties_won.recall[k] == pytest.approx(expected[1], abs=1e-6)
+    scores, right = (texts @ items.T).numpy(), owner.numpy()[:, None] == np.arange(200)
+    ways = (result.text_to_item, scores, right), (result.item_to_text, scores.T, right.T)
+    for (direction, each_scores, each_right), printed in zip(ways, CLIP_BENCHMARK[captions], strict=True):
+        for k, figure in zip((1, 5, 10), printed, strict=True):
+            assert direction.ties_won.recall[k] == pytest.approx(figure, abs=5e-5)
+            assert direction.ties_won.recall[k] == pytest.approx(top_k_recall(each_scores, each_right, k), abs=1e-12)
 
 
 def test_chance_is_what_random_embeddings_reach():

@@ -1,4 +1,12 @@
-"""The contrastive loss over ranks with unequal counts, against one process: value and every gradient, in fp64."""
+"""The contrastive losses over groups of 1, 2 and 4 ranks, gathered and round the ring, against one process without a group.
+
+Counts differ from rank to rank, down to none; pairs on different ranks share texts and pictures; tiles are small, so that there
+are many. Loss, every pair's loss, every gradient (both sides, scale and bias), and the figures that are logged.
+"""
+
+from __future__ import annotations
+
+from itertools import product
 
 import pytest
 import torch
@@ -6,43 +14,91 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import on_ranks
 
-from mmpt.objectives.contrastive import contrastive_loss
-from mmpt.types import IMAGE, TEXT, EmbeddingSlots
+from mmpt.objectives import tiles
+from mmpt.objectives.contrastive import contrast
+from mmpt.objectives.diagnostics import contrastive_figures
+from mmpt.types import AUDIO, IMAGE, NOTHING, TEXT, Embeddings, EmbeddingSlots
 
-PAIRS = 7
+PAIRS = 16
+GROUPS = {(2,): [[16]], (1, 3): [[9, 7], [16, 0]], (0, 1, 2, 3): [[5, 0, 3, 8], [1, 13, 1, 1]]}
+"""How many pairs each rank has, by the ranks that make a group."""
+
+CASES = list(product(("infonce", "sigmoid"), ("gather", "ring"), (torch.float64, torch.float32), (True, False)))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # of the largest value
 
 
-def whole() -> tuple[torch.Tensor, EmbeddingSlots]:
-    """Seven pairs; 0 and 5 share a text, 1 and 2 a picture."""
+def whole(dtype: torch.dtype, duplicated: bool) -> tuple[torch.Tensor, EmbeddingSlots]:
+    """Sixteen pairs; with duplicates, pairs 0 and 13 share a text, 1 and 2 and 15 a picture. And a sound without a partner."""
     generator = torch.Generator().manual_seed(0)
-    raw = torch.randn(2 * PAIRS, 5, dtype=torch.float64, generator=generator)
-    content = torch.arange(2 * PAIRS)
-    content[11], content[4] = content[1], content[2]
-    return raw, EmbeddingSlots(
-        modality=torch.tensor([IMAGE, TEXT] * PAIRS), pair=torch.arange(PAIRS).repeat_interleave(2), content=content
+    vectors = F.normalize(torch.randn(PAIRS, 3, 6, dtype=torch.float64, generator=generator), dim=-1).to(dtype)
+    content = torch.arange(3 * PAIRS).view(PAIRS, 3)
+    if duplicated:
+        content[13, 0] = content[0, 0]
+        content[[2, 15], 1] = content[1, 1]
+    return vectors, EmbeddingSlots(
+        modality=torch.tensor([[TEXT, IMAGE, AUDIO]] * PAIRS),
+        item=torch.tensor([[NOTHING, 0, 0]] * PAIRS),
+        pair=torch.arange(PAIRS)[:, None].expand(PAIRS, 3),
+        content=content,
     )
 
 
-def gradients(shares: list[int], rank: int, group) -> tuple[float, torch.Tensor, torch.Tensor]:
+def part(shares: list[int], rank: int, case: tuple, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
     """Loss and gradients of the rank that owns shares[rank] of the pairs, after those of the ranks before it."""
-    raw, slots = whole()
-    start, stop = 2 * sum(shares[:rank]), 2 * sum(shares[: rank + 1])
-    mine = raw[start:stop].clone().requires_grad_()
-    log_scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-    part = EmbeddingSlots(modality=slots.modality[start:stop], pair=slots.pair[start:stop], content=slots.content[start:stop])
-    loss, _ = contrastive_loss(F.normalize(mine, dim=-1), part, log_scale.exp(), group)
-    loss.backward()
-    return float(loss.detach()), mine.grad, log_scale.grad
+    loss, exchange, dtype, duplicated = case
+    vectors, slots = whole(dtype, duplicated)
+    own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    vectors = vectors[own].clone().requires_grad_()
+    mine = EmbeddingSlots(**{name: value[own].flatten() for name, value in vars(slots).items()})
+    scale, bias = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in (9.0, -4.0))
+    norms = mine.content.double() + 1
+    level = Embeddings(vectors=vectors.flatten(0, 1), norms=norms, scale=scale, bias=bias)
+    found = contrast(level, mine, (TEXT, IMAGE), loss=loss, exchange=exchange, group=group)
+    (found.sum / 16).backward()
+    zero = torch.zeros(1, dtype=dtype)
+    return {
+        "sum": found.sum.detach(),
+        "rows": found.rows,
+        "vectors": vectors.grad,
+        "scale": scale.grad,
+        "bias": zero if bias.grad is None else bias.grad,
+        "hits": found.correct,
+        "negatives": found.negatives,
+        **contrastive_figures(level, mine, (TEXT, IMAGE), group),
+    }
 
 
-def body(shares: list[int]) -> tuple[float, torch.Tensor, torch.Tensor]:
-    return gradients(shares, dist.get_rank(), dist.group.WORLD)
+def body() -> dict[tuple[int, ...], list[dict[str, torch.Tensor]]]:
+    """What this rank finds in every group that it is in."""
+    tiles.TILE["cpu"], tiles.MEMORY = (3, 4), 2000
+    groups = {ranks: dist.new_group(list(ranks)) for ranks in GROUPS}  # every rank makes every group
+    return {
+        ranks: [part(shares, dist.get_rank(group), case, group) for shares in GROUPS[ranks] for case in CASES]
+        for ranks, group in groups.items()
+        if dist.get_rank() in ranks
+    }
 
 
-@pytest.mark.parametrize("shares", [[4, 3], [7, 0], [1, 6]])
-def test_equals_one_process(shares):
-    loss, grad, scale_grad = gradients([PAIRS], 0, None)
-    ranks = on_ranks(2, body, shares)
-    assert sum(part[0] for part in ranks) == pytest.approx(loss, rel=1e-12)
-    torch.testing.assert_close(torch.cat([part[1] for part in ranks]), grad, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(sum(part[2] for part in ranks), scale_grad, rtol=1e-10, atol=1e-13)
+@pytest.fixture(scope="module")
+def by_rank() -> list[dict[tuple[int, ...], list[dict[str, torch.Tensor]]]]:
+    return on_ranks(4, body)
+
+
+@pytest.mark.parametrize("ranks", GROUPS, ids=lambda ranks: f"{len(ranks)} ranks")
+def test_equals_one_process(ranks: tuple[int, ...], by_rank: list[dict[tuple[int, ...], list[dict[str, torch.Tensor]]]]) -> None:
+    for number, (shares, case) in enumerate(product(GROUPS[ranks], CASES)):
+        expected = part([PAIRS], 0, case, None)
+        for name, value in expected.items():
+            parts = [by_rank[rank][ranks][number][name] for rank in ranks]
+            found = {"rows": torch.cat, "vectors": torch.cat}.get(name, sum if name in SUMS else _one)(parts)
+            error = (found.double() - value.double()).abs().max()
+            assert error <= TOLERANCE[case[2]] * value.abs().max(), (name, shares, case, float(error))
+
+
+SUMS = ("sum", "scale", "bias", "hits", "negatives")
+
+
+def _one(values: list[torch.Tensor]) -> torch.Tensor:
+    """What every rank knows alike."""
+    assert all(torch.equal(value, values[0]) for value in values)
+    return values[0]

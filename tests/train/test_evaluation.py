@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import four_document
 
 from mmpt.config import RunConfig
 from mmpt.data.shards import ShardWriter
+from mmpt.data.tokens import Tokenizer
 from mmpt.evaluate.zero_shot import evaluate_retrieval
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.parallel.mesh import join_world
@@ -26,10 +28,10 @@ def with_spec(config: RunConfig, path: Path) -> RunConfig:
 def test_the_loop_and_the_command_agree(tiny_config: RunConfig):
     found = figures(tiny_config)
     model = MultimodalModel(tiny_config.model).initialize(seed=0)
-    result, _ = evaluate_retrieval(model, tiny_config, tiny_config.data.spec, "val", "cpu")
+    result = evaluate_retrieval(model, tiny_config, tiny_config.data.spec, "val", "cpu").result
     for k in (1, 5, 10):
-        assert found[f"retrieval/image_to_text/R@{k}"] == result.item_to_text.ties_won.recall[k]
-        assert found[f"retrieval/text_to_image/R@{k}"] == result.text_to_item.ties_won.recall[k]
+        assert found[f"retrieval/backbone/image_to_text/R@{k}"] == result.item_to_text.ties_won.recall[k]
+        assert found[f"retrieval/backbone/text_to_image/R@{k}"] == result.text_to_item.ties_won.recall[k]
     assert 0 < found["val/next_token"] < 20
 
 
@@ -54,6 +56,25 @@ def test_every_held_out_split_of_a_mixture_is_evaluated(tiny_config: RunConfig, 
     (tmp_path / "both.yaml").write_text(f"version: 1\nname: both\nmixture: {parts}\n")
     alone, both = figures(tiny_config), figures(with_spec(tiny_config, tmp_path / "both.yaml"))
     assert both == {f"{source}/{name}": value for source in ("tiny", "other") for name, value in alone.items()}
+
+
+def test_each_task_has_a_loss_of_its_own_and_retrieval_is_measured_once(
+    four_config: RunConfig, four_data: Path, tiny_data: Path, tmp_path: Path
+):
+    """One corpus under two tasks, its documents showing pictures, sounds and clips."""
+    texts = [part["text"] for number in range(16) for part in four_document(number)[0]["parts"] if part["type"] == "text"]
+    Tokenizer.train(texts, vocabulary=290, sentinels=8).save(tmp_path / "tokenizer.json")
+    spec = (four_data / "four.yaml").read_text().replace('root: "."', f'root: "{four_data}"')
+    (tmp_path / "four.yaml").write_text(spec.replace('split: {train: ":"}', 'split: {train: ":", val: "0:1"}'))
+    parts = "[{spec: four.yaml, weight: 1}, {spec: four.yaml, weight: 1, task: span}]"
+    (tmp_path / "both.yaml").write_text(f"version: 1\nname: both\nmixture: {parts}\n")
+    data = {"spec": str(tmp_path / "both.yaml"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    found = figures(four_config.model_copy(update={"data": four_config.data.model_copy(update=data)}))
+    losses = {name for name in found if "/val/" in name}
+    assert losses == {"four/val/next_token", "four:span/val/span"}
+    measured = {name.split("/R@")[0] for name in found if "/R@" in name}
+    pairs = {f"{a}_to_{b}" for medium in ("image", "audio", "video") for a, b in ((medium, "text"), ("text", medium))}
+    assert measured == {f"four/retrieval/backbone/{pair}" for pair in pairs}
 
 
 def test_a_faulty_picture_is_counted_and_does_not_end_the_run(tiny_config: RunConfig, tiny_data: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
     bytes --probe_image--> width, height --native_size--> height, width that fit a budget
     bytes --decode_image--> RGBA --composite, or augment--> RGB --patchify--> rows of MediaBatch.values
+    seed --random_crop--> what `decode_image` cuts out, where a run wants it
 
 Colors are premultiplied by alpha from decoding on, so that neither resizing nor turning a picture draws the
 invisible color of its transparent parts into view. Letters: B pictures, H and W pixels, N patches.
@@ -27,6 +28,7 @@ from torchvision.io import decode_image as read_pixels
 
 from mmpt.config import AugmentConfig
 from mmpt.data.faults import BadMedia
+from mmpt.data.media.crop import DRAWS, Crop, cut
 from mmpt.data.media.headers import Header, read_header
 from mmpt.types import Buffer
 
@@ -42,10 +44,20 @@ _SPARE = 2
 _EIGHTHS = (1, 2, 3, 4)  # the fractions; those above a half are no faster than the whole
 _CHUNK = 32  # pictures augmented at once: their floats stay within a core's cache
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_FLIPS = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}  # of rows (1) and columns (2), once it stands or lies right
+_TURNS = {  # the same of PIL's
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 _DRAWS = ("angle", "scale", "x", "y", "brightness", "contrast", "saturation", "grayscale", "background", "red", "green", "blue")
 
 Whole = TypeVar("Whole", int, np.ndarray)
-Fit = Literal["pad", "stretch"]
+Fit = Literal["pad", "stretch"] | Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +113,15 @@ def decode_image(data: Buffer, height: int, width: int, *, fit: Fit = "pad") -> 
     """A picture as red, green, blue, alpha, 0..255, colors premultiplied by alpha, brought to `height` x `width`.
 
     EXIF orientation is applied, resizing is antialiased. "pad" keeps the proportions, and what is left over is transparent;
-    "stretch" does not. Raises BadMedia as `probe_image` does, and "decode" for bytes that are broken or cut short.
+    "stretch" does not; a Crop fills a square with a part of the picture, in which transparency is passed over, as CLIP's
+    preprocessing does. Raises BadMedia as `probe_image` does, and "decode" for bytes that are broken or cut short.
     """
     header = _checked_header(data)
     stored = (header.height, header.width)
-    size = _stored_size(stored, header.orientation, (height, width), fit)
     try:
+        if isinstance(fit, Crop):
+            return _place(_from_pil(_cut_out(data, header, height, fit)), height, width)
+        size = _stored_size(stored, header.orientation, (height, width), fit)
         if header.kind == "JPEG" and header.plain:
             pixels, extent = _read_jpeg(data, stored, size)
         else:
@@ -123,10 +138,46 @@ def bring(
 
     As `decode_image` gives it, of whose `fit` this is the meaning.
     """
+    if isinstance(fit, Crop):
+        image = _turned(PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()), orientation)
+        return _place(_from_pil(cut(image, height, fit.box(*image.size))), height, width)
     stored = (pixels.shape[1], pixels.shape[2])
     size = _stored_size(stored, orientation, (height, width), fit)
     pixels = _premultiply(pixels) if len(pixels) == 4 else pixels
     return _place(_orient(_resize(pixels, stored, size), orientation), height, width)
+
+
+def _cut_out(data: Buffer, header: Header, side: int, crop: Crop) -> PIL.Image.Image:
+    """A square of a picture, of `side` pixels.
+
+    For a random box a JPEG is decoded at a fraction of its size, as elsewhere, where the box still has so many pixels; for the
+    middle at its whole size, so that nothing differs from CLIP's preprocessing.
+    """
+    step = -1 if header.orientation >= 5 else 1  # such a picture is turned on its side
+    height, width = (header.height, header.width)[::step]
+    box = crop.box(width, height)
+    if header.kind != "JPEG" or not header.plain:
+        return cut(_turned(_open(data, header), header.orientation), side, box)
+    least = (height, width)
+    if box:
+        least = (math.ceil(side * height / (box[3] - box[1])), math.ceil(side * width / (box[2] - box[0])))
+    pixels, extent = _read_jpeg(data, (header.height, header.width), least[::step])
+    rows = pixels.permute(1, 2, 0).numpy()  # as the decoder gave them: nothing is copied here
+    if box and extent[0] < header.height:
+        spare = [edge - part for edge, part in zip(rows.shape[:2], extent, strict=True)][::step]  # beyond the picture's edge
+        down, right = (spare[axis - 1] * (axis in _FLIPS.get(header.orientation, ())) for axis in (1, 2))
+        scale = extent[0] / header.height
+        box = (box[0] * scale + right, box[1] * scale + down, box[2] * scale + right, box[3] * scale + down)
+    image = PIL.Image.frombuffer("RGB", rows.shape[1::-1], rows, "raw", "RGBX", 0, 1)
+    return cut(_turned(image, header.orientation), side, box)
+
+
+def _turned(image: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _from_pil(image: PIL.Image.Image) -> UInt8[Tensor, "3 height width"]:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _stored_size(stored: tuple[int, int], orientation: int, wanted: tuple[int, int], fit: Fit) -> tuple[int, int]:
@@ -168,10 +219,19 @@ def _read_others(data: Buffer, header: Header) -> UInt8[Tensor, "channels height
     return _premultiply(pixels) if header.alpha else pixels
 
 
+def _open(data: Buffer, header: Header) -> PIL.Image.Image:
+    """A picture in the mode that it is stored in, but for sixteen bits of gray, of which PIL would show most as white."""
+    with PIL.Image.open(io.BytesIO(data), formats=(header.kind,)) as image:
+        _check_size(image.size[::-1], (header.height, header.width))
+        image.load()
+        image.info.pop("transparency", None)  # of which PIL would warn that it is passed over
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+
+
 def _read_by_pil(data: Buffer, header: Header) -> UInt8[Tensor, "channels height width"]:
     with PIL.Image.open(io.BytesIO(data), formats=(header.kind,)) as image:
         _check_size(image.size[::-1], (header.height, header.width))
-        if image.mode.startswith("I;16"):  # of which PIL would show all above 255 as white
+        if image.mode.startswith("I;16"):
             wide = np.asarray(image)
             gray = (wide >> 8).astype(np.uint8)
             opaque = np.where(wide == image.info.get("transparency"), 0, 255).astype(np.uint8)
@@ -215,8 +275,7 @@ def _orient(pixels: UInt8[Tensor, "channels h w"], orientation: int) -> UInt8[Te
     """Turns a stored picture as EXIF's orientation says."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 2)
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
-    return pixels.flip(flips) if flips else pixels
+    return pixels.flip(_FLIPS[orientation]) if orientation in _FLIPS else pixels
 
 
 def _place(pixels: UInt8[Tensor, "channels h w"], height: int, width: int) -> UInt8[Tensor, "4 {height} {width}"]:
@@ -241,10 +300,10 @@ def composite(images: UInt8[Tensor, "B 4 H W"]) -> UInt8[Tensor, "B 3 H W"]:
 def augment(images: UInt8[Tensor, "B 4 H W"], seeds: Int[Tensor, " B"], config: AugmentConfig) -> UInt8[Tensor, "B 3 H W"]:
     """Premultiplied pictures, randomly turned, scaled, shifted, put on a background and recolored.
 
-    `seeds`: int64. A picture's result depends on its own seed alone, not on its batch mates.
+    `seeds`: int64. A picture's result depends on its own seed alone, not on its batch mates. Crops were made while decoding.
     With the default config, in which nothing changes, this is `composite`.
     """
-    if not any(config.model_dump().values()):
+    if config == AugmentConfig(crop=config.crop):
         return composite(images)
     draws = uniform(seeds, len(_DRAWS))
     out = torch.empty_like(images[:, :3], memory_format=torch.contiguous_format)
@@ -255,6 +314,13 @@ def augment(images: UInt8[Tensor, "B 4 H W"], seeds: Int[Tensor, " B"], config: 
         pixels = _recolor(_lay_on_background(pixels, draw, config), draw, config)
         out[part] = pixels.clamp_(0, 255).round_().to(torch.uint8)
     return out
+
+
+def random_crop(seed: int, share: float) -> Crop:
+    """A square that keeps at least `share` of a picture's area, drawn for this seed. The middle for 1."""
+    if share == 1:
+        return Crop()
+    return Crop(share, uniform(torch.tensor([seed]), len(_DRAWS) + DRAWS)[0, len(_DRAWS) :].tolist())
 
 
 def uniform(seeds: Int[Tensor, " B"], draws: int) -> Float[Tensor, "B {draws}"]:

@@ -1,0 +1,53 @@
+"""The feed-forward against those of Hugging Face transformers and open_clip on the same weights."""
+
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from mmpt.model.feed_forward import FeedForward
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Outputs and the gradients of the input and of every pair of (our parameter, their parameters end to end)."""
+    x = torch.randn(7, 12, dtype=torch.float64)
+    upstream = torch.randn(7, 12, dtype=torch.float64)
+    found = []
+    for module in (ours, theirs):
+        copy = x.clone().requires_grad_()
+        out = module(copy)
+        out.backward(upstream)
+        found.append((out, copy.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+    for mine, others in pairs:
+        torch.testing.assert_close(mine.grad, torch.cat([other.grad for other in others]), rtol=1e-10, atol=1e-12)
+    assert len(pairs) == len(list(ours.parameters()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu_equals_llamas(bias: bool):
+    config = LlamaConfig(hidden_size=12, num_attention_heads=2, intermediate_size=20, mlp_bias=bias)
+    ours, theirs = FeedForward(12, 20, activation="swiglu", bias=bias).double(), LlamaMLP(config).double()
+    kinds = ["weight", "bias"] if bias else ["weight"]
+    pairs = []
+    for kind in kinds:
+        pairs.append((getattr(ours.gate_up, kind), [getattr(theirs.gate_proj, kind), getattr(theirs.up_proj, kind)]))
+        pairs.append((getattr(ours.down, kind), [getattr(theirs.down_proj, kind)]))
+    with torch.no_grad():
+        for mine, others in pairs:
+            mine.copy_(torch.cat(others))
+    assert_same(ours, theirs, pairs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_gelu_equals_clips(activation: str):
+    theirs = nn.Sequential(
+        nn.Linear(12, 20), QuickGELU() if activation == "quick_gelu" else nn.GELU(), nn.Linear(20, 12)
+    ).double()
+    ours = FeedForward(12, 20, activation=activation, bias=True).double()
+    ours.up.load_state_dict(theirs[0].state_dict())
+    ours.down.load_state_dict(theirs[2].state_dict())
+    assert_same(ours, theirs, [(mine, [other]) for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True)])
