@@ -103,8 +103,7 @@ def main() -> None:
     model.initialize()
     model.to(device)
     if arguments.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     weights = sum(p.numel() for p in model.parameters())
     cases = [
         Case(f"{n:,} {kind}", of(n)) for n in arguments.tokens for kind, of in (("dense", lambda n: (n,)), ("packed", packed))

@@ -27,8 +27,7 @@ def apply_layout(model: MultimodalModel, config: TrainConfig, device: torch.devi
     for transformer in _transformers(model):
         transformer.recompute = config.recompute
         if config.compile:
-            for block in transformer.blocks:
-                block.compile()
+            transformer.compile_blocks()
     return model if mesh is None else _shard(model, mesh)
 
 

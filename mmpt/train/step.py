@@ -71,7 +71,6 @@ def train_step(
         loss = sum(losses.values(), torch.zeros(()))
         if loss.requires_grad:  # not where nothing in the data is to be learned
             loss.backward()
-    _fill_gradients(model)
     grad_norm = _clip(model, config.optimizer.clip_norm)
     figures.over_ranks()
     _refuse_infinite(step, figures.loss, grad_norm, config)
@@ -80,14 +79,6 @@ def train_step(
     experts = config.model.transformer.experts
     model.after_step(figures.loads if experts and experts.balance == "bias" else None)
     return figures.read(contrastive, counts) | {"grad_norm": grad_norm, "lr": rate}
-
-
-def _fill_gradients(model: nn.Module) -> None:
-    """Zeros where no loss reached, such as BERT's classifier without pairs of texts: the optimizer then has a state for every
-    parameter, as a checkpoint wants it."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def _refuse_infinite(step: int, loss: float, grad_norm: float, config: RunConfig) -> None:
