@@ -342,6 +342,7 @@ class TrainState:
     step: Count  # optimizer steps taken
     loader: LoaderState
     samples: Count  # documents seen, over all ranks
+    teacher: Count | None = None  # step of the checkpoint that teaches
 
     @classmethod
     def from_json(cls, plain: Any) -> TrainState:

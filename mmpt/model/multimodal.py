@@ -205,7 +205,8 @@ class MultimodalModel(nn.Module):
         routing biases by the step's loads, over all ranks."""
         for scale in self.log_scale.values():
             scale.clamp_(0, MAX_LOG_SCALE)
-        if loads is not None:
+        c = self.config.transformer
+        if loads is not None and c.experts.balance == "bias" and not c.frozen:
             self.transformer.rebalance(loads)
 
 

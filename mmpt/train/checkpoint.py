@@ -92,11 +92,15 @@ def newest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def save(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, config: RunConfig, world: World
 ) -> None:
     """Write checkpoint step-N, all ranks together, and drop the oldest beyond `keep_checkpoints`."""
-    final = run / "checkpoints" / f"step-{state.step:08d}"
+    final = step_folder(run, state.step)
     aside = final.with_name(final.name + ".tmp")
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -126,15 +130,17 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     return state
 
 
-def load_model(run: Path, device: str = "cpu") -> tuple[MultimodalModel, RunConfig, int]:
-    """The model of a run's newest checkpoint, in evaluation mode, with the run's config and the checkpoint's step.
+def load_model(run: Path, device: str = "cpu", step: int | None = None) -> tuple[MultimodalModel, RunConfig, int]:
+    """The model of a run's newest checkpoint, or that of `step`, in evaluation mode, with the run's config and the step.
 
     Raises UserError where there is no run, no checkpoint, or the checkpoint is another model's.
     """
     if not run.is_dir():
         raise UserError(f"run {run}: no such folder; `mmpt train CONFIG` makes runs/NAME")
     config = load(run / "config.yaml")
-    checkpoint = newest(run)
+    checkpoint = newest(run) if step is None else step_folder(run, step)
+    if step is not None and not checkpoint.is_dir():
+        raise UserError(f"run {run}: its checkpoint of step {step} is gone; bring {checkpoint} back")
     if checkpoint is None:
         raise UserError(f"run {run}: no checkpoint in {run / 'checkpoints'}; train it first: mmpt train {run / 'config.yaml'}")
     state, saved = read_state(checkpoint)

@@ -6,7 +6,7 @@ config -> world -> model, optimizer, loader -> [train_step -> metrics -> evaluat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -48,8 +48,8 @@ def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path
     state = begin_or_resume(run, model, optimizer, config, world)
     begun = state.loader if state else None
     loader = Loader(config, rank=world.rank, world_size=world.size, state=begun, bad_samples=run / "bad_samples")
-    state = state or TrainState(step=0, loader=loader.state, samples=0)
-    teacher = load_teacher(config, world.device)
+    teacher, taught_by = load_teacher(config, world.device, state.teacher if state else None)
+    state = state or TrainState(step=0, loader=loader.state, samples=0, teacher=taught_by)
     with Ticker(console, config.train.steps, state.step, silent=not world.is_main) as ticker:
         for line in published:
             ticker.say(line)
@@ -88,7 +88,8 @@ def _steps(
             break
         logged = (step + 1) % t.log_every == 0 or step + 1 == t.steps
         figures = train_step(model, optimizer, micro_batches, step, config, world, teacher=learner.teacher, detailed=logged)
-        state = TrainState(step=step + 1, loader=micro_batches[-1].state, samples=state.samples + int(figures["documents"]))
+        seen = state.samples + int(figures["documents"])
+        state = replace(state, step=step + 1, loader=micro_batches[-1].state, samples=seen)
         clock.count(figures["documents"])
         ticker.step(state.step)
         if log and logged:

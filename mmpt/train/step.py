@@ -21,10 +21,13 @@ from mmpt.types import PackedBatch, UserError
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bf16 where `train.precision` asks for it, or is auto and the hardware computes it."""
+    """bf16 where `train.precision` asks for it, or is auto and the hardware computes it.
+
+    Casts are not kept: autocast's cache would hold a copy of every weight, whatever FSDP cuts and `recompute` drops.
+    """
     capable = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bf16()
     wanted = config.train.precision == "bf16" or (config.train.precision == "auto" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def _cpu_computes_bf16() -> bool:
@@ -76,8 +79,7 @@ def train_step(
     _refuse_infinite(step, figures.loss, grad_norm, config)
     optimizer.step()
     optimizer.zero_grad()
-    experts = config.model.transformer.experts
-    model.after_step(figures.loads if experts and experts.balance == "bias" else None)
+    model.after_step(figures.loads)
     return figures.read(contrastive, counts) | {"grad_norm": grad_norm, "lr": rate}
 
 

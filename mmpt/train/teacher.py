@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mmpt.config import ModelConfig, RunConfig
+from mmpt.data.tokens import Tokenizer
 from mmpt.model.multimodal import MultimodalModel
-from mmpt.train.checkpoint import load_model
+from mmpt.train.checkpoint import load_model, read_state, step_folder
 from mmpt.types import UserError
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> MultimodalModel | None:
-    """The teacher of a run, frozen; None where the run has none. Raises UserError for one that reads other batches."""
+def load_teacher(config: RunConfig, device: torch.device, step: int | None) -> tuple[MultimodalModel | None, int | None]:
+    """The teacher of a run, frozen, and the step of its checkpoint: the newest, or the one that a run which goes on names.
+
+    None where the run has no teacher. Raises UserError for one that is not there, or reads other batches.
+    """
     distillation = config.objectives.distillation
     if distillation is None or not distillation.weight:
-        return None
-    model, theirs, _ = load_model(Path(distillation.teacher), str(device))
+        return None, None
+    run, where = Path(distillation.teacher), f"objectives.distillation.teacher = {distillation.teacher}"
+    try:
+        model, theirs, step = load_model(run, str(device), step)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    fingerprint = read_state(step_folder(run, step))[0].loader.fingerprint
+    if fingerprint.get("tokenizer") != Tokenizer.of(config.data).fingerprint:
+        raise UserError(f"{where}: it learned with another tokenizer; give this run the teacher's data.tokenizer")
     for name, ours, other in _what_a_batch_depends_on(config, theirs):
         if ours != other:
             raise UserError(
-                f"objectives.distillation.teacher = {distillation.teacher}: its {name} is {other!r}, and this run's is {ours!r}; "
-                f"both read the same batches, so give this run the teacher's"
+                f"{where}: its {name} is {other!r}, and this run's is {ours!r}; both read the same batches, so give this run the "
+                f"teacher's"
             )
-    return model.requires_grad_(False)
+    longest = min(config.data.pack_tokens, config.model.transformer.max_positions or math.inf)
+    if (most := theirs.model.transformer.max_positions) and most < longest:
+        raise UserError(
+            f"{where}: it has {most} positions, and this run's documents up to {longest} tokens; lower data.pack_tokens"
+        )
+    return model.requires_grad_(False), step
 
 
 def _what_a_batch_depends_on(config: RunConfig, theirs: RunConfig) -> Iterator[tuple[str, object, object]]:
-    yield "data.tokenizer", Path(config.data.tokenizer).name, Path(theirs.data.tokenizer).name
+    yield "data.special_tokens", config.data.special_tokens, theirs.data.special_tokens
     yield from ((f"model.{name}", a, b) for (name, a), (_, b) in zip(_sizes(config.model), _sizes(theirs.model), strict=True))
 
 

@@ -124,6 +124,9 @@ def _open_torch(path: Path) -> Weights:
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in found.items()):
         raise UserError(f"{path}: a dictionary of tensors by name is wanted")
+    hollow = next((name for name, tensor in found.items() if tensor.untyped_storage().nbytes() < tensor.nbytes), None)
+    if hollow is not None:
+        raise UserError(f"{path}: {hollow!r:.200} says more numbers than the file holds; save it contiguous")
     headers = {name: torch.empty_like(tensor, device="meta") for name, tensor in found.items()}
     return Weights(origin=str(path), headers=headers, read=found.__getitem__)
 
