@@ -177,6 +177,7 @@ def _measure_held_out(trained: _Trained) -> ReportExamples | None:
             if item == IMAGE and examples is None:
                 with trained.autocast():
                     examples = gallery(trained.model, held_out, found.embedded, trained.device)
-    if config.model.fusion and config.objectives.next_token.weight and any(held_out.predicts for held_out in opened):
+    is_asked = config.objectives.next_token.weight and config.model.fusion and config.model.transformer.mask != "bidirectional"
+    if is_asked and any(held_out.predicts for held_out in opened):
         _language(trained, Path(config.data.spec), SPLIT)
     return examples

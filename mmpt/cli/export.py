@@ -86,17 +86,20 @@ def _write_tokenizer(to: Target, config: RunConfig, tokenizer: Tokenizer, folder
         if to != "open_clip":
             typer.echo(f"without a tokenizer.json: texts go through open_clip.get_tokenizer({tokenizer.model!r})")
         return
-    names = tokenizer.names
-    if to == "open_clip":  # <bos> words <emb>, as a text stands in a pack
-        tokenizer.inner.post_processor = processors.TemplateProcessing(
-            single=f"{names.bos} $A {names.emb}",
-            special_tokens=[(names.bos, tokenizer.bos), (names.emb, tokenizer.emb)],
-        )
-        tokenizer.save(folder / "tokenizer.json")
-    else:
-        shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")
+    names, is_bert = tokenizer.names, config.model.head == "bert"
+    # A text as it stands in a pack: a CLIP's <bos> words <emb>, a BERT's <bos> words <eos>; a Llama says itself how it goes on.
+    end = names.emb if to == "open_clip" else names.eos if is_bert else None
+    row = f"{names.bos} $A" + (f" {end}" if end else "")
+    ids = {name: tokenizer.inner.token_to_id(name) for name in {names.bos, names.eos, end} - {None}}
+    tokenizer.inner.post_processor = processors.TemplateProcessing(
+        single=row, pair=f"{row} $B:1 {names.eos}:1" if is_bert else None, special_tokens=list(ids.items())
+    )
+    tokenizer.save(folder / "tokenizer.json")
     spelled = {"pad_token": names.pad, "bos_token": names.bos, "eos_token": names.eos}
+    if is_bert:
+        spelled |= {"cls_token": names.bos, "sep_token": names.eos}
     if tokenizer.mask is not None:
         spelled["mask_token"] = names.mask
-    plain = {"tokenizer_class": "PreTrainedTokenizerFast", **spelled}
+    inputs = ["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"]
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, **spelled}
     (folder / "tokenizer_config.json").write_text(json.dumps(plain, indent=2) + "\n")

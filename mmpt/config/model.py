@@ -205,7 +205,7 @@ class TransformerConfig(BlocksConfig):
     window: Positive | None = Field(None, description="tokens that a token looks back on, itself among them; none: all")
     positions: Literal["rotary", "learned", "none"] = "rotary"
     max_positions: Positive | None = Field(None, description="rows of the table of learned positions, the longest segment")
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
     rope_scaling: RopeScalingConfig | None = None
     rope_sections: tuple[Positive, Positive, Positive] | None = Field(
         None,
@@ -263,6 +263,8 @@ class ModelConfig(Section):
             refuse_remainder("image.patch * image.merge", self.image.patch * self.image.merge, "video.size", self.frame_size)
         if len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels {list(self.levels)} names one twice")
+        if self.head == "bert" and not self.token_types:
+            raise ValueError("head: bert wants token_types: 2, which tell the first text from the second")
         if not self.fusion and self.levels != ("tower",):
             raise ValueError(f"levels {list(self.levels)}: with fusion: false there is the tower alone; write levels: [tower]")
         return self

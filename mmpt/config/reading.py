@@ -52,16 +52,20 @@ def load_either(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def _merged(path: Path, overrides: list[str] | None, where: str) -> Any:
-    plain = _read(path, where)
-    if isinstance(plain.get("model"), str):
-        plain["model"] = _read(_inside(path.parent, plain["model"], where), where)
     try:
-        tree = OmegaConf.create(plain)
+        tree = _with_model(OmegaConf.create(_read(path, where)), path.parent, where)
         for override in overrides or []:
-            tree = OmegaConf.merge(tree, _parse_override(override, tree))
+            tree = _with_model(OmegaConf.merge(tree, _parse_override(override, tree)), path.parent, where)
         return OmegaConf.to_container(tree)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{where}: {_one_line(error)}") from error
+
+
+def _with_model(tree: DictConfig, folder: Path, where: str) -> DictConfig:
+    """The tree, with the sections of the model's file in the place of its name."""
+    if isinstance(tree.get("model"), str):
+        tree["model"] = _read(_inside(folder, tree["model"], where), where)
+    return tree
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmpt.config.model import ModelConfig
-from mmpt.config.section import Fraction, Positive, PositiveFloat, Section, Seed, Weight
+from mmpt.config.section import BelowOne, Fraction, Positive, PositiveFloat, Section, Seed, Weight
 
 
 class AugmentConfig(Section):
@@ -115,7 +115,7 @@ class OptimizerConfig(Section):
     """AdamW, linear warm-up, then a cosine down to `final_fraction` of the peak."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only, not on norms, biases or the scale")
     warmup_steps: Annotated[int, Field(ge=0)] = 50

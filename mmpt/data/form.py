@@ -25,6 +25,7 @@ class Form:
     longest: int  # tokens of a segment
     task: int = NEXT_TOKEN
     fusion: bool = True  # whether media stand in rows; else a document is one text, and media beside it
+    contrasts: bool = True  # whether the first part of each modality is embedded
     is_causal: bool = True  # whether no token sees what follows it, but for those of its own medium
     mean: bool = False  # whether an embedding is of all tokens of its part; else of <emb>
     pairs: bool = False  # whether a document of texts alone becomes two texts in a row
@@ -39,6 +40,7 @@ class Form:
             longest=min(pack_tokens, transformer.max_positions or pack_tokens),
             task=task,
             fusion=model.fusion,
+            contrasts=bool(model.levels),
             is_causal=transformer.mask != "bidirectional",
             mean=model.pool == "mean",
             pairs=task == MASKED and model.head == "bert",

@@ -120,12 +120,12 @@ class Meter:
         self.faults += len(report.faults)
 
     def read(self) -> dict[str, float]:
-        """Per batch: seconds waited, batches ready, milliseconds of each kind of work; fill; tokens by source; faults in all."""
+        """Of this rank since it was last read. Per batch: seconds waited, batches ready, milliseconds of each kind of work; fill;
+        faults in all. Counting begins anew; `tokens` by source are to be read before."""
         batches = max(self.batches, 1)
         figures = {"loader/wait": self.wait / batches, "loader/depth": self.depth / batches, "loader/faults": self.faults}
         figures["loader/fill"] = sum(self.tokens.values()) / (batches * self.tokens_per_batch)
         figures |= {f"loader/ms_{name}": value / batches for name, value in self.milliseconds.items()}
-        figures |= {f"tokens/{source}": value for source, value in self.tokens.items()}
         self._reset()
         return figures
 

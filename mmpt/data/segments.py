@@ -77,6 +77,8 @@ def document_lengths(
     row = _sums(is_text * form.text_tokens(costs.tokens, costs.predict) + ~is_text * costs.tokens, first_part)
     if form.pairs:
         row = np.where(has_text & ~has_media, _sums(is_text * costs.tokens, first_part) + 3, row)
+    if not form.contrasts:
+        return Lengths(row, row)
     first = _first(kept, first_part, reverse)
     leads = kinds[first] != TEXT  # a medium stands first, and is embedded in the row
     if not form.is_causal:
@@ -131,8 +133,9 @@ class Segmenter:
     def document(self, parts: Sequence[Part], costs: Costs, key: int = 0, reverse: bool = False) -> list[TokenizedDocument]:
         """The segments of a document: its row, then the contrasted sides that the row cannot hold without a leak.
 
-        Contrasted is the first part of each modality, where there are several: in a segment of its own, closed by <emb>. A
-        medium that stands first is embedded in the row instead, right behind its slots, if nothing there sees what follows.
+        Contrasted is the first part of each modality, where there are several and the model has levels: in a segment of its own,
+        closed by <emb>. A medium that stands first is embedded in the row instead, right behind its slots, if nothing there
+        sees what follows.
         Items are numbered by modality, in the order of `parts`, whatever the order of the row.
         """
         items = item_numbers(parts, costs.rows)
@@ -145,7 +148,8 @@ class Segmenter:
         ids = {i: self.tokenizer.encode(parts[i].text) for i in order if isinstance(parts[i], Text)}
         if order and self.form.is_pair(costs.rows):
             return [self._pair([(ids[i], parts[i].predict) for i in order], key)]
-        lead = order[0] if order and order[0] not in ids and (self.form.is_causal or len(order) == 1) else None
+        begins = bool(order) and order[0] not in ids and (self.form.is_causal or len(order) == 1)
+        lead = order[0] if begins and self.form.contrasts else None
         row, sides = _Segment(self.tokenizer, self.form), []
         for i in order:
             part = parts[i]
@@ -155,7 +159,7 @@ class Segmenter:
                 row.medium(part, costs.tokens[i], items[i])
             if i == lead:
                 row.embed(part, items[i], row.media[-1].start)
-            elif len(firsts) > 1 and i == firsts[MODALITY[type(part)]]:
+            elif self.form.contrasts and len(firsts) > 1 and i == firsts[MODALITY[type(part)]]:
                 sides.append(self._side(part, ids.get(i), costs.tokens[i], items[i]))
         return [self._finished(row, key), *sides]
 

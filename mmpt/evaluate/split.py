@@ -44,7 +44,15 @@ class HeldOut:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {self.corpus.key(number): number for number in range(len(self.corpus))}
+        numbers: dict[str, int] = {}
+        for number in range(len(self.corpus)):
+            key = self.corpus.key(number)
+            if numbers.setdefault(key, number) != number:
+                raise UserError(
+                    f"spec {self.spec}, split {self.split!r}: two documents have the key {key!r}, so neither can be looked up; "
+                    f"give each one of its own (`mmpt data validate` lists them)"
+                )
+        return numbers
 
     def level(self, wanted: Level | None) -> Level:
         """The level asked for, or the model's first. Raises UserError for one that the model does not have."""
@@ -70,7 +78,11 @@ class HeldOut:
 
     def paired_items(self) -> list[int]:
         """The modalities that the model reads and of which any document has an item beside a text."""
-        return [kind for kind in self._read_media if (self._documents_with(kind) & self._documents_with(TEXT)).any()]
+        return [kind for kind in self._read_media if self.pairs(kind)]
+
+    def pairs(self, kind: int) -> int:
+        """How many documents have an item of a modality beside a text."""
+        return int((self._documents_with(kind) & self._documents_with(TEXT)).sum())
 
     @property
     def _read_media(self) -> list[int]:

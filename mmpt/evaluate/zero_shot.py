@@ -35,13 +35,14 @@ class Retrieval:
     item: ItemName
     level: Level
     captions: Captions
+    left_out: int = 0  # documents with an item and a text, but no embeddings: longer than a pack, they go in pieces
 
     @property
     def variant(self) -> tuple[str, ...]:
         return self.item, self.level, *(() if self.captions == "first" else (self.captions,))
 
     def to_json(self) -> dict[str, Any]:
-        named = {"item": self.item, "level": self.level, "captions": self.captions}
+        named = {"item": self.item, "level": self.level, "captions": self.captions, "left_out": self.left_out}
         return {**named, **self.result.to_json(), "protocol": f"{CAPTIONS[self.captions]} {PROTOCOL}"}
 
 
@@ -70,7 +71,10 @@ def evaluate_retrieval(
         result = retrieval(embedded.items, embedded.texts, embedded.owner)
     except ValueError as error:
         raise UserError(f"retrieval on {spec}, split {split!r}: {error}") from error
-    return Retrieval(result=result, embedded=embedded, item=MODALITIES[modality], level=level, captions=captions)
+    left_out = held_out.pairs(modality) - len(embedded.keys)
+    return Retrieval(
+        result=result, embedded=embedded, item=MODALITIES[modality], level=level, captions=captions, left_out=left_out
+    )
 
 
 def _with_all_captions(
@@ -90,7 +94,8 @@ def _with_all_captions(
 def retrieval_table(found: Retrieval) -> Table:
     """Both directions, with chance below each, for a terminal."""
     result, item = found.result, WORDS[found.item]
-    table = Table(title=f"Zero-shot retrieval ({found.level}), {result.items} {item}s and {result.texts} texts")
+    caption = f"{found.left_out} documents left out: longer than data.pack_tokens" if found.left_out else None
+    table = Table(title=f"Zero-shot retrieval ({found.level}), {result.items} {item}s and {result.texts} texts", caption=caption)
     table.add_column("direction")
     for name in [*(f"R@{k}" for k in KS), "median rank", "mAP@10"]:
         table.add_column(name, justify="right")

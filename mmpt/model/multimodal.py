@@ -58,7 +58,7 @@ class MultimodalModel(nn.Module):
         self._freeze()
 
     def _freeze(self) -> None:
-        """What stays as it is: a frozen encoder but for its projections, a frozen transformer with its embeddings and output."""
+        """What stays as it is: a frozen encoder but for its ways out, a frozen transformer with its embeddings and output."""
         c = self.config
         text = (self.embed_tokens, self.embed_positions, self.embed_types, self.embedding_norm, self.transformer, self.head)
         frozen = [*text, self.output] if c.transformer.frozen else []
@@ -67,8 +67,8 @@ class MultimodalModel(nn.Module):
         for part in filter(None, frozen):
             part.requires_grad_(False)
         for encoder in filter(None, (self.image_encoder, self.audio_encoder)):
-            for projection in filter(None, (encoder.project, encoder.head)):
-                projection.requires_grad_(True)
+            for way_out in filter(None, (encoder.project, encoder.pool, encoder.head)):
+                way_out.requires_grad_(True)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> MultimodalModel:

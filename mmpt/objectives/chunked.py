@@ -37,6 +37,9 @@ def chunked_loss(
     Products run in the type of the autocast in force; `loss_of` works in at least fp32, as do the sums over chunks. Without
     rows the sum is 0 and every gradient zeros, so that a rank with nothing to predict takes part in collectives.
     """
+    if not len(hidden):  # the graph, without a gradient of the size of the output layer
+        nothing = sum(t.sum() for t in (hidden, weight[:0], *(() if bias is None else (bias[:0],))))
+        return nothing.to(torch.promote_types(nothing.dtype, torch.float32)), hidden.new_empty(0)
     return _ChunkedLoss.apply(hidden, weight, bias, loss_of)
 
 

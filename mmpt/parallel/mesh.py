@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,15 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def add_up(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures of all ranks added up by name, on every rank; a rank may lack some of the names."""
+        everyone = [dict(figures)]
+        if self.group is not None:
+            everyone *= self.size
+            dist.all_gather_object(everyone, dict(figures), group=self.group)
+        names = sorted({name for one in everyone for name in one})
+        return {name: sum(one.get(name, 0) for one in everyone) for name in names}
 
     def barrier(self) -> None:
         if self.group is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from mmpt.evaluate.embed import Level, embed, evaluating
 from mmpt.evaluate.retrieval import retrieval
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.objectives.contrastive import COMBOS, count_pairs
+from mmpt.objectives.sentence import sentence_loss
 from mmpt.objectives.tokens import token_loss
 from mmpt.parallel.mesh import World
 from mmpt.train.step import autocast
@@ -76,14 +78,19 @@ def _evaluate(
 
 
 def validation_loss(model: MultimodalModel, batches: Iterable[PackedBatch], world: World, task: int) -> dict[str, float]:
-    """Mean loss of a task, nats per labelled token; empty where nothing is asked for."""
-    total, count = 0.0, 0
+    """Mean losses: of a task, nats per labelled token, and of pairs of texts. Without those that nothing is asked for."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with evaluating(model):
         for batch in (batch.to(world.device) for batch in batches):
-            loss = token_loss(model(batch), batch, task)
-            total += float(loss.sum)
-            count += len(loss.rows)
-    return {f"val/{TASKS[task]}": total / count} if count else {}
+            output = model(batch)
+            losses = {TASKS[task]: token_loss(output, batch, task)}
+            if output.sentence_logits is not None:
+                losses["next_sentence"] = sentence_loss(output.sentence_logits, batch.segments.next_sentence)
+            for name, loss in losses.items():
+                sums[name] += float(loss.sum)
+                counts[name] += len(loss.rows)
+    return {f"val/{name}": sums[name] / count for name, count in counts.items() if count}
 
 
 def retrieval_figures(

@@ -28,7 +28,9 @@ from mmpt.train.metrics import Clock, MetricsLog, Ticker
 from mmpt.train.optimizer import make_optimizer
 from mmpt.train.step import train_step
 from mmpt.train.teacher import load_teacher
-from mmpt.types import TrainState
+from mmpt.types import TrainState, UserError
+
+SHOWN = 6  # figures of an evaluation
 
 
 def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None = None) -> Path:
@@ -92,10 +94,13 @@ def _steps(
         state = replace(state, step=step + 1, loader=micro_batches[-1].state, samples=seen)
         clock.count(figures["documents"])
         ticker.step(state.step)
-        if log and logged:
-            figures |= {"samples": state.samples, **clock.read(), **loader.meter.read(), **loader.quarantine.figures}
-            log.write("train", state.step, figures)
+        refuse_idle(figures, config)
+        if logged:
+            tokens = {f"tokens/{source}": count for source, count in world.add_up(loader.meter.tokens).items()}
+            figures |= {"samples": state.samples, **clock.read(), **loader.meter.read(), **tokens, **loader.quarantine.figures}
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
+        if log and logged:
+            log.write("train", state.step, figures)
         if t.eval_every and state.step % t.eval_every == 0 and state.step < t.steps:
             with clock.paused():
                 report_scores(evaluate(model, config, world), state.step, log, ticker)
@@ -108,12 +113,24 @@ def _steps(
         log.close()
 
 
+def refuse_idle(figures: Mapping[str, float], config: RunConfig) -> None:
+    """Raises UserError for a step in which no loss had anything to do: the run would only let its weights decay."""
+    if not any(name.startswith("loss/") for name in figures):
+        sees_all = config.model.transformer.mask == "bidirectional"
+        mend = "; model.transformer.mask is bidirectional, so texts want task: masked in a mixture" if sees_all else ""
+        raise UserError(
+            f"data.spec = {config.data.spec}: there is nothing to learn in it for this run: no text to predict and no pair to "
+            f"contrast under an objective whose weight is not 0{mend}"
+        )
+
+
 def report_scores(scores: Mapping[str, float], step: int, log: MetricsLog | None, ticker: Ticker) -> None:
     """Write down what an evaluation found, and show its main figures."""
     if log and scores:
         log.write("eval", step, scores)
-        shown = (f"{name} {value:.3f}" for name, value in scores.items() if name.endswith(("R@1", "R@5", "token")))
-        ticker.say(f"step {step}  {'  '.join(shown)}")
+        main = [f"{name} {value:.3f}" for name, value in scores.items() if "val/" in name or name.endswith("R@1")]
+        more = f"  and {len(main) - SHOWN} more in {log.path}" if len(main) > SHOWN else ""
+        ticker.say(f"step {step}  {'  '.join(main[:SHOWN])}{more}")
 
 
 def begin_or_resume(run: Path, model: nn.Module, optimizer: Optimizer, config: RunConfig, world: World) -> TrainState | None:

@@ -43,6 +43,7 @@ forms = st.builds(
     pairs=st.booleans(),
     sentinels=st.just(SENTINELS),
 ).map(lambda form: replace(form, pairs=form.pairs and form.task == MASKED, is_causal=form.is_causal or form.task == SPAN))
+silent = forms.map(lambda form: replace(form, contrasts=False))
 towers = st.builds(Form, longest=st.integers(8, 20), fusion=st.just(False), mean=st.booleans())
 
 
@@ -175,7 +176,7 @@ def test_a_text_is_the_token_row_of_clip():
 
 
 @relaxed
-@given(form=forms | towers, documents=st.lists(parts_of_documents | st.just([]), min_size=1, max_size=5), reverse=st.booleans())
+@given(form=forms | towers | silent, documents=st.lists(parts_of_documents | st.just([]), min_size=1, max_size=5), reverse=st.booleans())
 def test_the_lengths_are_known_from_the_index(form: Form, documents: list, reverse: bool):
     costs = [costs_of(*_columns(parts), task_tokenizer(), form.fusion) for parts in documents]
     lengths = document_lengths(form, *arrays(costs), reverse)
@@ -204,6 +205,13 @@ def test_labels_are_the_next_token_of_texts_to_predict(parts: list):
             assert label == row.tokens[position + 1]
             assert row.tokens[position] not in (tokenizer.media, tokenizer.emb, tokenizer.eos)
     assert all(set(side.labels) == {IGNORE} for side in sides)
+
+
+@relaxed
+@given(form=silent, parts=parts_of_documents)
+def test_a_model_without_levels_reads_rows_alone(form: Form, parts: list):
+    (row,) = made(*_columns(parts), form)
+    assert not row.embeddings and task_tokenizer().emb not in row.tokens
 
 
 @relaxed

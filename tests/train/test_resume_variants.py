@@ -18,7 +18,7 @@ VARIANTS = {
     "no contrast": {"objectives": {"contrastive": {"backbone": OFF}}},
     "frozen parts": {"model": {"transformer": {"frozen": True}, "image": {"frozen": True}}},
     "routing biases": {"model": {"transformer": {"experts": {"count": 4, "top_k": 2, "balance": "bias"}}}},
-    "a classifier without pairs of texts": {"model": {"head": "bert"}},
+    "a classifier without pairs of texts": {"model": {"head": "bert", "token_types": 2}},
     "cached contrast": {"objectives": {"contrastive": {"grad_cache": True}}},
 }
 
