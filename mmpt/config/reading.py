@@ -37,7 +37,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     configs/models/. Raises UserError, one line per mistake: the field, its value, and what to write instead.
     """
     where = f"config {path}"
-    return parse(_merged(Path(path), overrides, where), where)
+    tree = _merged(Path(path), overrides, where)
+    if isinstance(tree, dict) and "transformer" in tree and "model" not in tree:
+        raise UserError(f"{where}: this is a model's config; a run's names it: `model: models/NAME.yaml`, beside data and train")
+    return parse(tree, where)
 
 
 def load_model(path: str | Path, overrides: list[str] | None = None) -> ModelConfig:

@@ -88,6 +88,8 @@ class ClassSet(Section):
         else:
             said = document.meta.get(self.label)
         where = f"document {document.key} of {document.source}: its {f'meta.{self.label}' if self.label else 'text'}"
+        if self.label is not None and said is None:
+            raise UserError(f"{where} is not there; its meta has {', '.join(document.meta) or 'nothing'} (the classes' `label`)")
         if isinstance(said, str):
             if len(numbers := self._numbers.get(said, ())) > 1:
                 raise UserError(f"{where} = {said!r} is the name of {len(numbers)} classes; let the labels be numbers")

@@ -18,7 +18,7 @@ from mmpt.objectives.gather import Shares
 from mmpt.objectives.infonce import InfoNCE
 from mmpt.objectives.sigmoid import Sigmoid
 
-TILE = {"cpu": (512, 1024), "cuda": (4096, 4096)}
+TILE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
 """Rows and columns of a tile: on a CPU it and its gradient stay within the second-level caches of two cores."""
 
 MEMORY = 80 * 2**20

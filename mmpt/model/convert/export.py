@@ -86,3 +86,4 @@ def _without_init(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata={"format": "pt"})
+    path.chmod((path.parent / ".").stat().st_mode & 0o666)  # the library leaves it to its owner alone
