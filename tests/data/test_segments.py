@@ -176,7 +176,11 @@ def test_a_text_is_the_token_row_of_clip():
 
 
 @relaxed
-@given(form=forms | towers | silent, documents=st.lists(parts_of_documents | st.just([]), min_size=1, max_size=5), reverse=st.booleans())
+@given(
+    form=forms | towers | silent,
+    documents=st.lists(parts_of_documents | st.just([]), min_size=1, max_size=5),
+    reverse=st.booleans(),
+)
 def test_the_lengths_are_known_from_the_index(form: Form, documents: list, reverse: bool):
     costs = [costs_of(*_columns(parts), task_tokenizer(), form.fusion) for parts in documents]
     lengths = document_lengths(form, *arrays(costs), reverse)

@@ -157,7 +157,9 @@ def test_no_segment_is_longer_than_the_table_of_positions(tiny_config: RunConfig
     write_texts(tmp_path, 30)
     positions = {"transformer": {"positions": "learned", "max_positions": 40}}
     parts = [{"spec": "texts.yaml", "task": task} for task in ("next_token", "masked", "span")]
-    config = task_config(tiny_config, tmp_path, [*parts, {"spec": str(tiny_data / "tiny.yaml")}], {**positions, "head": "bert", "token_types": 2})
+    config = task_config(
+        tiny_config, tmp_path, [*parts, {"spec": str(tiny_data / "tiny.yaml")}], {**positions, "head": "bert", "token_types": 2}
+    )
     for source in sources_of(config).values():
         slots = list(slots_of(source, config))
         assert {slot.document for slot in slots} == set(range(source.size)) and any(slot.piece > 0 for slot in slots)
