@@ -31,7 +31,7 @@ class InfoNCE:
     def __init__(self, shares: Shares, scale: Float[Tensor, "1"], bias: None, dtype: torch.dtype, device: torch.device) -> None:
         assert bias is None
         self.shares = shares
-        self.scale, self.dtype = float(scale), torch.promote_types(dtype, torch.float32)  # of prepared tiles
+        self.scale, self.dtype = float(scale), torch.promote_types(dtype, torch.float32)  # of prepared cells
         n = shares.sizes[shares.rank]
         self.diagonal = torch.zeros(n, dtype=torch.float64, device=device)
         self.row_sums = torch.zeros(n, dtype=torch.float64, device=device)  # over all but the pair itself
@@ -41,14 +41,16 @@ class InfoNCE:
     def shift(self) -> float:
         return max(self.scale - LARGEST[self.dtype], 0.0)
 
-    def prepare(self, tile: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """exp(logit - shift), in place."""
-        return tile.exp_() if self.scale <= LARGEST[self.dtype] else tile.sub_(self.shift).exp_()
+    def prepare(self, logits: Float[Tensor, "rows columns"], out: Tensor) -> Float[Tensor, "rows columns"]:
+        """exp(logit - shift)."""
+        if self.shift:
+            return out.copy_(logits).sub_(self.shift).exp_()
+        return torch.exp(logits, out=out) if logits.dtype == out.dtype else out.copy_(logits).exp_()
 
-    def add(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
-        """Take in a prepared tile whose own pairs and duplicates are `nothing`."""
-        self.row_sums[rows].add_(tile.sum(1))
-        self.column_sums[columns].add_(tile.sum(0))
+    def add(self, cells: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+        """Take in prepared cells, of which pairs themselves and duplicates are `nothing`."""
+        self.row_sums[rows].add_(cells.sum(1))
+        self.column_sums[columns].add_(cells.sum(0))
 
     def settle(self) -> bool:
         """Every tile is in: bring the ranks together. False: all must be done again, in fp64 from now on."""
@@ -75,6 +77,6 @@ class InfoNCE:
         smallest = torch.cat([self.row_sums, self.column_sums, self.diagonal / 1e-6]).min()
         return bool(self.shares.reduce(smallest, dist.ReduceOp.MIN) < SMALLEST)
 
-    def gradient(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice, spare: Tensor) -> Tensor:
-        """d loss / d logit of a prepared tile, in place, the pairs themselves aside."""
-        return tile.mul_(torch.add(self.row_factors[rows], self.column_factors[columns], out=spare))
+    def gradient(self, cells: Float[Tensor, "rows columns"], rows: slice, columns: slice, spare: Tensor, out: Tensor) -> None:
+        """d loss / d logit of prepared cells, the pairs themselves aside, into `out`, which may be the cells."""
+        torch.mul(cells, torch.add(self.row_factors[rows], self.column_factors[columns], out=spare), out=out)

@@ -22,18 +22,18 @@ class Sigmoid:
         self, shares: Shares, scale: Float[Tensor, "1"], bias: Float[Tensor, "1"], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.bias = float(bias)
-        self.dtype = torch.promote_types(dtype, torch.float32)  # of prepared tiles
+        self.dtype = torch.promote_types(dtype, torch.float32)  # of prepared cells
         n = shares.sizes[shares.rank]
         self.diagonal = torch.zeros(n, dtype=torch.float64, device=device)
         self.row_sums = torch.zeros(n, dtype=torch.float64, device=device)  # over all but the pair itself
 
-    def prepare(self, tile: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """The whole logit, in place."""
-        return tile.add_(self.bias)
+    def prepare(self, logits: Float[Tensor, "rows columns"], out: Tensor) -> Float[Tensor, "rows columns"]:
+        """With the bias."""
+        return out.copy_(logits).add_(self.bias)
 
-    def add(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
-        """Take in a prepared tile whose own pairs and duplicates are `nothing`."""
-        self.row_sums[rows].add_(F.softplus(tile, threshold=EXACT).sum(1))
+    def add(self, cells: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+        """Take in prepared cells, of which pairs themselves and duplicates are `nothing`."""
+        self.row_sums[rows].add_(F.softplus(cells, threshold=EXACT).sum(1))
 
     def settle(self) -> bool:
         """Every tile is in."""
@@ -41,6 +41,6 @@ class Sigmoid:
         self.diagonal_gradient = -torch.sigmoid(-self.diagonal)
         return True
 
-    def gradient(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice, spare: Tensor) -> Tensor:
-        """d loss / d logit of a prepared tile, in place, the pairs themselves aside."""
-        return tile.sigmoid_()
+    def gradient(self, cells: Float[Tensor, "rows columns"], rows: slice, columns: slice, spare: Tensor, out: Tensor) -> None:
+        """d loss / d logit of prepared cells, the pairs themselves aside, into `out`, which may be the cells."""
+        torch.sigmoid(cells, out=out)

@@ -1,7 +1,8 @@
 """The table of all pairs against all pairs, a tile of logits at a time: memory grows with the number of pairs, not its square.
 
-Rows are this rank's own; columns are those of all ranks, in blocks as an exchange brings them. A tile is gone once it is used:
-the backward pass computes it anew, but for those that memory set aside for it holds, which of a small batch are all.
+Rows are this rank's own; columns are those of all ranks, in blocks as an exchange brings them. A tile is one product; what comes
+between products is done a strip of it at a time, in caches. A tile is gone once it is used: the backward pass computes it anew,
+but for those that memory set aside for it holds, which of a small batch are all.
 
 All products write into memory that is there already (`out=`), which autocast leaves alone.
 """
@@ -18,22 +19,28 @@ from mmpt.objectives.gather import Shares
 from mmpt.objectives.infonce import InfoNCE
 from mmpt.objectives.sigmoid import Sigmoid
 
-TILE = {"cpu": (1024, 1024), "cuda": (4096, 4096)}
-"""Rows and columns of a tile: on a CPU it and its gradient stay within the second-level caches of two cores."""
+TILE = {"cpu": (2048, 1024), "cuda": (4096, 4096)}
+"""Rows and columns of a tile."""
 
-MEMORY = 80 * 2**20
-"""Bytes: what gradients leave of it holds tiles from the forward pass to the backward pass."""
+STRIP = {"cpu": 512, "cuda": 4096}
+"""Rows of a strip: on a CPU it and its gradient stay within the second-level caches of two cores."""
+
+MEMORY = 92 * 2**20
+"""Bytes: what gradients and a tile's work leave of it keeps tiles from the forward pass for the backward pass."""
 
 
 class Sweep:
-    """One pass forward (`measure` each block, `settle`, `correct`) and one back (`start_back`, then `differentiate` each)."""
+    """A pass forward (`measure` each block, `settle`, `correct`) and one back (`start_back`, `differentiate` each block)."""
 
     def __init__(
         self, loss: InfoNCE | Sigmoid, shares: Shares, duplicates: Duplicates, scale: float, a: Float[Tensor, "n E"]
     ) -> None:
         self.loss, self.shares, self.duplicates, self.scale = loss, shares, duplicates, scale
-        self.height, self.width = TILE["cpu" if a.device.type == "cpu" else "cuda"]
-        self.free = self.budget = MEMORY - (shares.all + a.shape[0]) * a.shape[1] * _exact(a).itemsize
+        device = "cpu" if a.device.type == "cpu" else "cuda"
+        self.height, self.width = min(TILE[device][0], a.shape[0]), min(TILE[device][1], shares.all)
+        self.strip = min(STRIP[device], self.height)
+        gradients = (shares.all + a.shape[0]) * a.shape[1] * _exact(a).itemsize
+        self.keeps = (MEMORY - gradients - _Room.bytes(self, a)) // max(self.height * self.width * a.itemsize, 1)
         self.kept: dict[tuple[int, int], Tensor] = {}
         self.row_best = a.new_full(a.shape[:1], loss.nothing, dtype=torch.float64)
         self.column_best = a.new_full((shares.all,), loss.nothing, dtype=torch.float64)
@@ -41,30 +48,29 @@ class Sweep:
     def measure(self, a: Float[Tensor, "n E"], start: int, block: Float[Tensor, "columns E"]) -> None:
         """Take in one block, whose first column is number `start` of all."""
         room = _Room(self, a)
-        for rows in _parts(a.shape[0], self.height):
-            best = self.row_best[rows]
-            for columns in _parts(block.shape[0], self.width):
+        for rows in _parts(0, a.shape[0], self.height):
+            for columns in _parts(0, block.shape[0], self.width):
                 place = slice(start + columns.start, start + columns.stop)
-                keep = self.free >= room.bytes
-                tile = self._prepared(a, block[columns], rows, place, room, keep)
+                keep = len(self.kept) < self.keeps
+                tile = self._logits(a, block[columns], rows, place, room, keep)
                 if keep:
-                    self.free -= room.bytes
                     self.kept[rows.start, place.start] = tile
-                pairs, cells = self._pairs(tile, rows, place)
-                if pairs:
-                    self.loss.diagonal[pairs] = cells.double()
-                    cells.fill_(self.loss.nothing)
-                self.loss.add(tile, rows, place)
-                torch.maximum(best, tile.amax(1), out=best)
-                others = self.column_best[place]
-                torch.maximum(others, tile.amax(0), out=others)
+                best = self.column_best[place]
+                for strip in _parts(rows.start, rows.stop, self.strip):
+                    cells = self._prepared(tile, rows, strip, room)
+                    pairs, diagonal = self._pairs(cells, strip, place)
+                    if pairs:
+                        self.loss.diagonal[pairs] = diagonal.double()
+                        diagonal.fill_(self.loss.nothing)
+                    self.loss.add(cells, strip, place)
+                    torch.maximum(self.row_best[strip], cells.amax(1), out=self.row_best[strip])
+                    torch.maximum(best, cells.amax(0), out=best)
 
     def settle(self) -> bool:
         """All blocks are in. False: the loss wants to see them once more."""
         if self.loss.settle():
             return True
         self.kept.clear()
-        self.free = self.budget
         self.row_best.fill_(self.loss.nothing)
         self.column_best.fill_(self.loss.nothing)
         return False
@@ -97,11 +103,11 @@ class Sweep:
         if not a.shape[0]:
             grad_block.zero_()
         step = self.scale * self.factor
-        for rows in _parts(a.shape[0], self.height):
+        for rows in _parts(0, a.shape[0], self.height):
             height = rows.stop - rows.start
             weighted = torch.mul(a[rows], step, out=room.weighted[:height])
             total = room.total[:height]
-            for columns in _parts(block.shape[0], self.width):
+            for columns in _parts(0, block.shape[0], self.width):
                 place, right = slice(start + columns.start, start + columns.stop), block[columns]
                 tile = self._gradient(a, right, rows, place, room)
                 room.add_product(total, tile, right, first=columns.start == 0)
@@ -111,61 +117,69 @@ class Sweep:
                 total.mul_(step)
                 grad_a[rows].copy_(total) if self.blocks == 1 else grad_a[rows].add_(total)
 
-    def _prepared(
-        self, a: Tensor, columns: Tensor, rows: slice, place: slice, room: _Room, keep: bool
-    ) -> Float[Tensor, "rows columns"]:
-        """A tile, in the room there is for it or in memory of its own."""
-        scaled = room.scale_rows(a, rows, self.scale)
-        shape = (scaled.shape[0], columns.shape[0])
-        tile = torch.empty(shape, dtype=self.loss.dtype, device=scaled.device) if keep else _shaped(room.work, shape)
-        if scaled.dtype == self.loss.dtype:
-            torch.mm(scaled, columns.t(), out=tile)
-        else:
-            tile.copy_(torch.mm(scaled, columns.t(), out=_shaped(room.raw, shape)))
+    def _logits(self, a: Tensor, columns: Tensor, rows: slice, place: slice, room: _Room, keep: bool) -> Float[Tensor, "h w"]:
+        """Scaled cosines of a tile, in the room there is for it or in memory of its own; -inf for duplicates."""
+        shape = (rows.stop - rows.start, columns.shape[0])
+        tile = a.new_empty(shape) if keep else _shaped(room.tile, shape)
+        torch.mm(room.scale_rows(a, rows, self.scale), columns.t(), out=tile)
         self.duplicates.mask(tile, self.shares.own.start + rows.start, place.start)
-        return self.loss.prepare(tile)
+        return tile
 
-    def _gradient(self, a: Tensor, columns: Tensor, rows: slice, place: slice, room: _Room) -> Float[Tensor, "rows columns"]:
+    def _prepared(self, tile: Tensor, rows: slice, strip: slice, room: _Room) -> Float[Tensor, "strip w"]:
+        """What the loss makes of a strip's logits, in the type of its exponentials."""
+        logits = tile[strip.start - rows.start : strip.stop - rows.start]
+        return self.loss.prepare(logits, _shaped(room.strip, logits.shape))
+
+    def _gradient(self, a: Tensor, columns: Tensor, rows: slice, place: slice, room: _Room) -> Float[Tensor, "h w"]:
         """d loss / d logit of a tile, in the type of products."""
         tile = self.kept.pop((rows.start, place.start), None)
         if tile is None:
-            tile = self._prepared(a, columns, rows, place, room, keep=False)
-        tile = self.loss.gradient(tile, rows, place, _shaped(room.spare, tile.shape))
-        pairs, cells = self._pairs(tile, rows, place)
-        if pairs:
-            cells.copy_(self.loss.diagonal_gradient[pairs])
-        if self.bias_gradient is not None:
-            self.bias_gradient += tile.sum()
-        return tile if tile.dtype == a.dtype else _shaped(room.raw, tile.shape).copy_(tile)
+            tile = self._logits(a, columns, rows, place, room, keep=False)
+        for strip in _parts(rows.start, rows.stop, self.strip):
+            cells, part = self._prepared(tile, rows, strip, room), tile[strip.start - rows.start : strip.stop - rows.start]
+            gradient = part if part.dtype == cells.dtype else cells
+            self.loss.gradient(cells, strip, place, _shaped(room.spare, cells.shape), out=gradient)
+            pairs, diagonal = self._pairs(gradient, strip, place)
+            if pairs:
+                diagonal.copy_(self.loss.diagonal_gradient[pairs])
+            if self.bias_gradient is not None:
+                self.bias_gradient += gradient.sum()
+            if gradient is not part:
+                part.copy_(gradient)
+        return tile
 
-    def _pairs(self, tile: Tensor, rows: slice, place: slice) -> tuple[slice | None, Tensor]:
-        """Which of this rank's pairs meet themselves in a tile, and in which cells."""
+    def _pairs(self, cells: Tensor, rows: slice, place: slice) -> tuple[slice | None, Tensor]:
+        """Which of this rank's pairs meet themselves in a strip, and in which cells."""
         own = self.shares.own.start
         low, high = max(rows.start, place.start - own), min(rows.stop, place.stop - own)
         if low >= high:
-            return None, tile
-        cells = tile[low - rows.start : high - rows.start, low + own - place.start : high + own - place.start]
-        return slice(low, high), cells.diagonal()
+            return None, cells
+        inside = cells[low - rows.start : high - rows.start, low + own - place.start : high + own - place.start]
+        return slice(low, high), inside.diagonal()
 
 
 class _Room:
     """Memory that every tile of a block uses again."""
 
     def __init__(self, sweep: Sweep, a: Float[Tensor, "n E"], backward: bool = False) -> None:
-        height, width = min(sweep.height, a.shape[0]), min(sweep.width, sweep.shares.all)
-        dtype, exact = sweep.loss.dtype, _exact(a)
-        self.bytes = height * width * dtype.itemsize  # of a tile
-        self.work = a.new_empty(height, width, dtype=dtype)
-        self.raw = self.work if a.dtype == dtype else a.new_empty(height, width)
+        height, width, dtype, exact = sweep.height, sweep.width, sweep.loss.dtype, _exact(a)
+        self.tile = a.new_empty(height, width)
+        self.strip = a.new_empty(sweep.strip, width, dtype=dtype)
         self.scaled, self.scaled_from = a.new_empty(height, a.shape[1]), -1
         if backward:
-            self.spare = torch.empty_like(self.work)
+            self.spare = torch.empty_like(self.strip)
             self.weighted = torch.empty_like(self.scaled)
             self.total = torch.empty_like(self.scaled, dtype=exact)
             self.wide = a.new_empty(height if a.dtype == exact else max(height, width), a.shape[1], dtype=exact)
             self.half = self.wide if a.dtype == exact else torch.empty_like(self.wide, dtype=a.dtype)
 
-    def scale_rows(self, a: Tensor, rows: slice, scale: float) -> Float[Tensor, "rows E"]:
+    @staticmethod
+    def bytes(sweep: Sweep, a: Float[Tensor, "n E"]) -> int:
+        """About what it takes."""
+        exact, strip = _exact(a).itemsize, 2 * sweep.strip * sweep.width * sweep.loss.dtype.itemsize
+        return sweep.height * (sweep.width * a.itemsize + 2 * a.shape[1] * (a.itemsize + exact)) + strip
+
+    def scale_rows(self, a: Tensor, rows: slice, scale: float) -> Float[Tensor, "h E"]:
         """Rows of `a` times the scale, as open_clip multiplies; kept while the rows stay the same."""
         scaled = self.scaled[: rows.stop - rows.start]
         if self.scaled_from != rows.start:
@@ -187,8 +201,8 @@ def _shaped(buffer: Tensor, shape: tuple[int, int]) -> Float[Tensor, "rows colum
     return buffer if buffer.shape == shape else buffer.view(-1)[: shape[0] * shape[1]].view(shape)
 
 
-def _parts(length: int, most: int) -> list[slice]:
-    return [slice(low, min(low + most, length)) for low in range(0, length, most)]
+def _parts(start: int, stop: int, most: int) -> list[slice]:
+    return [slice(low, min(low + most, stop)) for low in range(start, stop, most)] if most else []
 
 
 def _exact(a: Tensor) -> torch.dtype:

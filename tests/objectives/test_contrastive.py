@@ -21,7 +21,8 @@ def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Everything is shown with a single tile, kept, and with small ones that the backward pass makes anew."""
     monkeypatch.setitem(tiles.TILE, "cpu", request.param)
     if request.param == (4, 7):
-        monkeypatch.setattr(tiles, "MEMORY", 4000)
+        monkeypatch.setitem(tiles.STRIP, "cpu", 3)
+        monkeypatch.setattr(tiles, "MEMORY", 5000)
 
 
 def slots_of(texts: list[int], images: list[int]) -> EmbeddingSlots:

@@ -70,7 +70,7 @@ def part(shares: list[int], rank: int, case: tuple, group: dist.ProcessGroup | N
 
 def body() -> dict[tuple[int, ...], list[dict[str, torch.Tensor]]]:
     """What this rank finds in every group that it is in."""
-    tiles.TILE["cpu"], tiles.MEMORY = (3, 4), 2000
+    tiles.TILE["cpu"], tiles.STRIP["cpu"], tiles.MEMORY = (3, 4), 2, 2000
     groups = {ranks: dist.new_group(list(ranks)) for ranks in GROUPS}  # every rank makes every group
     return {
         ranks: [part(shares, dist.get_rank(group), case, group) for shares in GROUPS[ranks] for case in CASES]
