@@ -128,7 +128,7 @@ def report_scores(scores: Mapping[str, float], step: int, log: MetricsLog | None
     """Write down what an evaluation found, and show its main figures."""
     if log and scores:
         log.write("eval", step, scores)
-        main = [f"{name} {value:.3f}" for name, value in scores.items() if "val/" in name or name.endswith("R@1")]
+        main = [f"{name} {value:.3f}" for name, value in scores.items() if "/val/" in f"/{name}" or name.endswith("R@1")]
         more = f"  and {len(main) - SHOWN} more in {log.path}" if len(main) > SHOWN else ""
         ticker.say(f"step {step}  {'  '.join(main[:SHOWN])}{more}")
 
