@@ -22,7 +22,7 @@ from mmpt.objectives.sigmoid import Sigmoid
 TILE = {"cpu": (2048, 1024), "cuda": (4096, 4096)}
 """Rows and columns of a tile."""
 
-STRIP = {"cpu": 512, "cuda": 4096}
+STRIP = {"cpu": 256, "cuda": 4096}
 """Rows of a strip: on a CPU it and its gradient stay within the second-level caches of two cores."""
 
 MEMORY = 92 * 2**20
@@ -99,23 +99,30 @@ class Sweep:
     ) -> None:
         """Fill `grad_block` with this rank's part of the block's gradient; add the block's part of `grad_a` and of the sums
         `cosines` (of d loss / d logit times the cosine) and `bias_gradient`, both of which still lack `factor`."""
-        room = _Room(self, a, backward=True)
+        in_place = self.blocks == 1 and (a.dtype == _exact(a) or block.shape[0] <= self.width)
+        room = _Room(self, a, backward=True, totals=not in_place)
         if not a.shape[0]:
             grad_block.zero_()
         step = self.scale * self.factor
         for rows in _parts(0, a.shape[0], self.height):
             height = rows.stop - rows.start
             weighted = torch.mul(a[rows], step, out=room.weighted[:height])
-            total = room.total[:height]
+            total = grad_a[rows] if in_place else room.total[:height]
             for columns in _parts(0, block.shape[0], self.width):
                 place, right = slice(start + columns.start, start + columns.stop), block[columns]
                 tile = self._gradient(a, right, rows, place, room)
                 room.add_product(total, tile, right, first=columns.start == 0)
                 room.add_product(grad_block[columns], tile.t(), weighted, first=rows.start == 0)
             if block.shape[0]:
-                self.cosines += room.wide[:height].copy_(a[rows]).mul_(total).sum(1).sum(dtype=torch.float64)
+                self._add_cosines(a[rows], total)
                 total.mul_(step)
-                grad_a[rows].copy_(total) if self.blocks == 1 else grad_a[rows].add_(total)
+                if not in_place:
+                    grad_a[rows].copy_(total) if self.blocks == 1 else grad_a[rows].add_(total)
+
+    def _add_cosines(self, a: Float[Tensor, "h E"], total: Float[Tensor, "h E"]) -> None:
+        """A strip at a time, as bf16 becomes fp32 on the way."""
+        for rows, sums in zip(a.split(self.strip), total.split(self.strip), strict=True):
+            self.cosines += (rows.to(_exact(a)) * sums).sum(1).sum(dtype=torch.float64)
 
     def _logits(self, a: Tensor, columns: Tensor, rows: slice, place: slice, room: _Room, keep: bool) -> Float[Tensor, "h w"]:
         """Scaled cosines of a tile, in the room there is for it or in memory of its own; -inf for duplicates."""
@@ -161,7 +168,7 @@ class Sweep:
 class _Room:
     """Memory that every tile of a block uses again."""
 
-    def __init__(self, sweep: Sweep, a: Float[Tensor, "n E"], backward: bool = False) -> None:
+    def __init__(self, sweep: Sweep, a: Float[Tensor, "n E"], backward: bool = False, totals: bool = False) -> None:
         height, width, dtype, exact = sweep.height, sweep.width, sweep.loss.dtype, _exact(a)
         self.tile = a.new_empty(height, width)
         self.strip = a.new_empty(sweep.strip, width, dtype=dtype)
@@ -169,15 +176,18 @@ class _Room:
         if backward:
             self.spare = torch.empty_like(self.strip)
             self.weighted = torch.empty_like(self.scaled)
+        if totals:
             self.total = torch.empty_like(self.scaled, dtype=exact)
-            self.wide = a.new_empty(height if a.dtype == exact else max(height, width), a.shape[1], dtype=exact)
-            self.half = self.wide if a.dtype == exact else torch.empty_like(self.wide, dtype=a.dtype)
+        if backward and a.dtype != exact:
+            self.half = a.new_empty(max(height, width), a.shape[1])
+            self.wide = torch.empty_like(self.half, dtype=exact)
 
     @staticmethod
     def bytes(sweep: Sweep, a: Float[Tensor, "n E"]) -> int:
-        """About what it takes."""
-        exact, strip = _exact(a).itemsize, 2 * sweep.strip * sweep.width * sweep.loss.dtype.itemsize
-        return sweep.height * (sweep.width * a.itemsize + 2 * a.shape[1] * (a.itemsize + exact)) + strip
+        """About what it takes, where gradients are summed in place."""
+        of_strip, of_rows = sweep.strip * sweep.width * sweep.loss.dtype.itemsize, sweep.height * a.shape[1] * a.itemsize
+        sums = 0 if a.dtype == _exact(a) else 5 * of_rows  # total and wide are twice as large as their rows in bf16
+        return sweep.height * sweep.width * a.itemsize + 2 * of_strip + 2 * of_rows + sums
 
     def scale_rows(self, a: Tensor, rows: slice, scale: float) -> Float[Tensor, "h E"]:
         """Rows of `a` times the scale, as open_clip multiplies; kept while the rows stay the same."""
