@@ -190,7 +190,7 @@ def build(config: RunConfig, data: Sequence[Pairs], world: World) -> dict[str, S
     with tempfile.TemporaryDirectory() as folder:
         model = MultimodalModel(config.model).initialize(seed=0)
         write_checkpoint(model, config.model, "open_clip", Path(folder))
-        model = apply_layout(model.to(world.device), config.train, world.device, None)
+        model = apply_layout(model.to(world.device), config.train, world)
         contexts = {PEER: CONTEXT, f"open_clip, padded to the longest, {longest}": longest}
         peers = {name: open_clips(config, Path(folder), data, context, world.device) for name, context in contexts.items()}
     return {OURS: ours(config, model, batches, world), **peers}
@@ -233,7 +233,7 @@ def main() -> None:
     overrides = [*(small(arguments.patch) if is_cpu else ["train.compile=true"]), "train.accumulate=1", "train.precision=bf16"]
     config = load(CONFIG, [*overrides, "data.packs_per_batch=1", f"optimizer.warmup_steps={COMPARED}"])
     data = [draw_pairs(config, pairs, seed) for seed in range(arguments.batches)]
-    with join_world() as world:
+    with join_world(config) as world:
         losses = compare(config, data, world)
         rounds = measure(build(config, data, world), pairs, arguments.rounds, world.device)
     report(config, arguments, data, losses, rounds)

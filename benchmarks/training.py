@@ -118,7 +118,7 @@ def main() -> None:
     keep_freed_memory()
     batches = list(islice(Loader(config, rank=0, world_size=1), WARM_UP + arguments.rounds))
     longest = max(len(caption) for batch in batches for caption in caption_segments(batch))
-    with join_world() as world:
+    with join_world(config) as world:
         built = {
             "mmpt, both losses": ours(config, batches, world),
             "open_clip, captions padded to 77": open_clips(config, batches, 77),

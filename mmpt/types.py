@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -34,6 +34,9 @@ NEXT_TOKEN, MASKED, SPAN = 0, 1, 2
 
 TASKS = ("next_token", "masked", "span")
 """Their names, in the order of their values: those of `task` in a mixture, and of the objectives."""
+
+KINDS = (*MODALITIES, "mixed", "none")
+"""What a document shows: text alone, media of one modality, or of several; none: what is no document's."""
 
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
@@ -169,6 +172,8 @@ class Segments:
     document: Int[Tensor, " S"]  # number of its document within the batch, as in `provenance`
     task: Int[Tensor, " S"]  # NEXT_TOKEN, MASKED or SPAN
     next_sentence: Int[Tensor, " S"]  # 0: its second text follows its first; 1: it is another document's; or IGNORE
+    pack: Int[Tensor, " S"]  # number of its pack within the batch
+    first: Int[Tensor, " S"]  # its first token, or NOTHING where another rank has that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +244,67 @@ class LoaderState:
         return TypeAdapter(cls).validate_python(plain)
 
 
+class Slice(NamedTuple):
+    """A rectangle of attention: queries `q_start` up to `q_stop` see keys `k_start` up to `k_stop`.
+
+    If `causal` it is a square on the diagonal: the i-th query sees the keys up to the i-th. Rectangles of one rank are disjoint.
+    """
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    causal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingPlan:
+    """What one of R ranks does in ring attention, hop by hop. Hop h: keys of the rank h places back; hop 0: its own.
+
+    Keys come in order of document and place; those of hop h are rows 0 up to `receive_sizes[h]` of what is received.
+    """
+
+    slices: tuple[tuple[Slice, ...], ...]  # of each hop
+    send: Int[Tensor, " n"]  # rows of this rank's keys that others need, hop after hop: to the rank h places on
+    send_sizes: tuple[int, ...]  # how many of them at each hop; 0 at hop 0
+    receive_sizes: tuple[int, ...]  # keys that come at each hop; at hop 0 this rank's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Rows on their way from the ranks that make them to those that look at them."""
+
+    send: Int[Tensor, " n"]  # rows of this rank, in order of the rank that they go to
+    send_sizes: tuple[int, ...]  # how many go to each rank
+    receive_sizes: tuple[int, ...]  # how many come from each rank, which is their order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a batch is shared by the ranks of a sequence group; the batch then holds one rank's tokens, media and slots."""
+
+    part: int  # this rank's place in the group
+    parts: int
+    imbalance: float  # of attention: the most pairs of query and key that a rank of the ring computes, over their mean
+    remote: float  # keys that ranks of the ring get from others, over all that they do not have
+    attention: RingPlan
+    features: Route  # media features, to the tokens that show them
+    items: Route  # pooled media, to their embedding slots
+    item_rows: Int[Tensor, " P"]  # row of `items`, received, of every slot of this rank; 0 for a text
+    pooled: Route  # hidden states that are pooled, to the embedding slots
+    pooled_slots: Int[Tensor, " n"]  # slot of this rank for every row of `pooled`, received
+    slot_numbers: Int[Tensor, " P"]  # of this rank's slots, in the whole batch
+    token_numbers: Int[Tensor, " T"]  # of this rank's tokens, likewise
+    digest: int  # of the whole batch: equal where ranks have cut equal ones
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """The packs that one rank computes at once, end to end: every per-token tensor has the same length T."""
+    """The packs that ranks compute at once, end to end: every per-token tensor has the same length T.
+
+    One rank has them all, or, where there is a `split`, its part of the tokens in the order of the ring's plan, of the media and
+    of the slots. Documents, segments and packs are counted through the whole batch; `media_index` counts the rows received.
+    """
 
     tokens: Int[Tensor, " T"]
     labels: Int[Tensor, " T"]  # what the logits here are to say, shifted already, or IGNORE
@@ -250,15 +313,18 @@ class PackedBatch:
     document_ids: Int[Tensor, " T"]  # one number a segment, NOTHING for padding; attention stays within equal numbers
     media_index: Int[Tensor, " T"]  # row of the media features, those of images, audios and videos end to end, or NOTHING
     pool_index: Int[Tensor, " T"]  # embedding slot, or NOTHING
+    span_ids: Int[Tensor, " T"]  # number of the medium, among all of the batch, that the token shows, or NOTHING
     images: MediaBatch
     audios: MediaBatch
     videos: MediaBatch
     slots: EmbeddingSlots
     segments: Segments
-    packs: int  # of equal length, T / packs tokens
+    packs: int
+    kinds: Int[Tensor, " documents"]  # what each document shows: its number in KINDS
     provenance: tuple[DocumentRef, ...]  # indexed by `slots.pair`, one for each document
     state: LoaderState  # the loader's state once this batch is consumed
     report: LoadReport
+    split: Split | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
@@ -290,7 +356,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 class Embeddings:
     """The embeddings of one level, for the slots of a batch, and what turns their cosines into logits."""
 
-    vectors: Float[Tensor, "P E"]  # unit length, fp32
+    vectors: Float[Tensor, "P E"]  # unit length, in fp32 at least
     norms: Float[Tensor, " P"]  # before they were brought to unit length; detached
     scale: Float[Tensor, "1"]  # the factor on cosines, already exponentiated and clamped
     bias: Float[Tensor, "1"] | None  # added to the scaled cosines of the sigmoid loss

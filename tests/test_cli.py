@@ -38,6 +38,7 @@ COMMANDS = (
     "config",
     "config show",
     "config schema",
+    "config cost",
     "data",
     "data build",
     "data index",
@@ -45,6 +46,7 @@ COMMANDS = (
     "data stats",
     "data preview",
     "verify",
+    "verify layouts",
     "verify data",
     "demo",
 )

@@ -80,7 +80,7 @@ def written(config: RunConfig, model: dict, folder: Path, **data: object) -> tup
         for parameter in built.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     loader = LoaderState(fingerprint={}, cursor=PlanCursor(window=0, pack=0, sources={}), packs_consumed=0)
-    with join_world() as world:
+    with join_world(config) as world:
         state = TrainState(step=7, loader=loader, samples=0)
         checkpoint.save(run, built, make_optimizer(built, config.optimizer), state, config, world)
     return run, built.eval()
@@ -103,12 +103,14 @@ def one_text(tokens: list[int], emb: int | None = None) -> PackedBatch:
         document_ids=zero,
         media_index=nothing,
         pool_index=nothing if emb is None else torch.where(row == emb, 0, NOTHING),
+        span_ids=nothing,
         images=empty,
         audios=empty,
         videos=empty,
         slots=EmbeddingSlots(modality=slots, item=slots - 1, pair=slots, content=slots),
-        segments=Segments(document=none, task=none, next_sentence=none),
+        segments=Segments(document=none, task=none, next_sentence=none, pack=zero[:1], first=zero[:1]),
         packs=1,
+        kinds=none,
         provenance=(),
         state=LoaderState(fingerprint={}, cursor=PlanCursor(window=0, pack=0, sources={}), packs_consumed=0),
         report=LoadReport(milliseconds={}, tokens={}, faults=()),

@@ -20,16 +20,16 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LIMIT = 600  # seconds for one pip
 
 
-def make_environment(folder: Path) -> tuple[Path, dict[str, str]]:
+def make_environment(folder: Path, requirements: Path = REQUIREMENTS) -> tuple[Path, dict[str, str]]:
     """The environment's Python, and the requirements that could not be had, each with the reason. Made once."""
-    marker = folder / f"made-for-{hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]}"
+    marker = folder / f"made-for-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:16]}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     missing: dict[str, str] = {}
     if marker.exists():
         return python, missing
     venv.create(folder, with_pip=True, clear=True, symlinks=os.name != "nt")
     fall_back_on_this_one(python)
-    for requirement in REQUIREMENTS.read_text().split():
+    for requirement in requirements.read_text().split():
         if reason := _install(python, requirement):
             missing[re.split("[=<>]", requirement)[0]] = reason
     if not missing:

@@ -15,9 +15,11 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 from mmpt.cli.base import ConfigPath, Overrides, group
-from mmpt.cli.data import build_emoji, data_app, verify_app
+from mmpt.cli.cost import cost
+from mmpt.cli.data import build_emoji, data_app
 from mmpt.cli.evaluate import RunPath, eval_app, report_run
 from mmpt.cli.export import export
+from mmpt.cli.verify import verify_app
 
 DEMO = Path("configs/demo.yaml")
 OF_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)
@@ -30,6 +32,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(verify_app, name="verify")
 app.command(epilog="mmpt export runs/demo --to safetensors")(export)
+config_app.command(epilog="mmpt config cost configs/long_1m.yaml --bandwidth 45")(cost)
 
 
 def main(arguments: list[str] | None = None) -> int:

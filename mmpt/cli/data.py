@@ -1,4 +1,4 @@
-"""`mmpt data ...`: from a corpus to shards, and what is in them. `mmpt verify data`: that no document is read twice."""
+"""`mmpt data ...`: from a corpus to shards, and what is in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from mmpt.cli.base import Bar, ConfigPath, Overrides, group
+from mmpt.cli.base import Bar, group
 
 if TYPE_CHECKING:
     from mmpt.config import RunConfig
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mmpt.data.tokens import Tokenizer
 
 data_app = group(help="Build shards, index, check and see them.")
-verify_app = group(help="Prove what a run promises, on your own data.")
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec, YAML.")]
 AnySpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Data spec or mixture, YAML.")]
@@ -192,31 +191,3 @@ def preview(
     from mmpt.data.preview import preview as write_page
 
     typer.echo(write_page(load(config), out or spec.with_suffix(".html"), spec=spec, split=split, documents=documents))
-
-
-@verify_app.callback()
-def _verify() -> None:
-    """Keeps `data` a command of its own while it is the only one."""
-
-
-@verify_app.command(epilog="mmpt verify data configs/demo.yaml")
-def data(
-    config: ConfigPath, overrides: Overrides = None, seed: Annotated[int, typer.Option(help="Of where it is killed.")] = 0
-) -> None:
-    """Prove that a killed run repeats and loses no document.
-
-    Reads the config's data as one process would, and again as a run that is killed every few steps and goes on under another
-    number of ranks (1, 2, 3, 4, 8) and workers (0, 1, 2, 4), until all twenty had a turn; then compares what was read.
-    """
-    from mmpt.config import load
-    from mmpt.data.ledger import chase, first_difference
-    from mmpt.types import UserError
-
-    def tell(layout: object, first: int, last: int) -> None:
-        typer.echo(f"micro-batches {first:>3} to {last - 1:>3}: {layout}")
-
-    whole, chased = chase(load(config, overrides), seed, tell)
-    if (step := first_difference(whole, chased)) is not None:
-        raise UserError(f"micro-batch {step} differs from the uninterrupted run's")
-    rows = sum(map(len, whole))
-    typer.echo(f"{len(whole)} micro-batches, {rows:,} documents: equal, with sample, augmentation seed, pack and position")

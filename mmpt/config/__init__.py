@@ -1,6 +1,6 @@
 """The RunConfig tree: everything that a run is, and nothing else is.
 
-section -> model -> run        what there is to say, with types, ranges and meanings
+section -> model, parallel -> run        what there is to say, with types, ranges and meanings
 YAML + overrides --reading--> RunConfig
 """
 
@@ -15,6 +15,7 @@ from mmpt.config.model import (
     TransformerConfig,
     VideoEncoderConfig,
 )
+from mmpt.config.parallel import ParallelConfig
 from mmpt.config.reading import MAX_BYTES, PlainLoader, dump, explain, load, load_either, load_model, parse
 from mmpt.config.run import (
     AugmentConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "NextTokenConfig",
     "ObjectivesConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "PlainLoader",
     "RopeScalingConfig",
     "RunConfig",

@@ -1,4 +1,4 @@
-"""A run: the model, its data, its objectives, and how it is trained."""
+"""A run: the model, its data, its objectives, and how and on what ranks it is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmpt.config.model import ModelConfig
+from mmpt.config.parallel import ParallelConfig
 from mmpt.config.section import BelowOne, Fraction, Positive, PositiveFloat, Section, Seed, Weight
 
 
@@ -154,6 +155,7 @@ class RunConfig(Section):
     objectives: ObjectivesConfig = ObjectivesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _rows_fit(self) -> RunConfig:

@@ -16,6 +16,7 @@ from mmpt.types import (
     AUDIO,
     IGNORE,
     IMAGE,
+    KINDS,
     NOTHING,
     TEXT,
     VIDEO,
@@ -77,7 +78,7 @@ def collate(
     for number, pack in enumerate(packs):
         total = sum(entry.tokens for entry in pack)
         assert total <= pack_tokens, f"a pack holds {total} tokens, more than {pack_tokens}"
-        rows.position = number * pack_tokens
+        rows.position, rows.pack = number * pack_tokens, number
         for entry in pack:
             rows.add(entry)
     entries = [entry for pack in packs for entry in pack]
@@ -88,8 +89,9 @@ def collate(
         audios=media[AUDIO],
         videos=media[VIDEO],
         slots=EmbeddingSlots(**_columns(rows.slots, "modality", "item", "pair", "content")),
-        segments=Segments(**_columns(rows.segments, "document", "task", "next_sentence")),
+        segments=Segments(**_columns(rows.segments, "document", "task", "next_sentence", "pack", "first")),
         packs=len(packs),
+        kinds=torch.tensor([_kind(shown) for shown in rows.shown], dtype=torch.int64),
         provenance=tuple(entry.ref for entry in entries),
         state=state,
         report=report,
@@ -127,21 +129,24 @@ class _Rows:
 
     def __init__(self, length: int, pad: int, model: ModelConfig) -> None:
         fills = {"tokens": pad, "labels": IGNORE, "token_types": 0, "document_ids": NOTHING}
-        fills |= {"media_index": NOTHING, "pool_index": NOTHING}
+        fills |= {"media_index": NOTHING, "pool_index": NOTHING, "span_ids": NOTHING}
         self.arrays = {name: np.full(length, fill, dtype=np.int64) for name, fill in fills.items()}
         self.axes = 3 if model.transformer.rope_sections else 1
         self.arrays["position_ids"] = np.zeros((self.axes, length), dtype=np.int64)
         self.model = model
         self.position = 0
         self.documents = 0
-        self.spans: dict[int, list[tuple[slice, int]]] = {modality: [] for modality in MEDIA}  # slots, first feature
+        self.spans: dict[int, list[tuple[slice, _Shown]]] = {modality: [] for modality in MEDIA}
         self.items, self.features = dict.fromkeys(MEDIA, 0), dict.fromkeys(MEDIA, 0)
         self.slots: list[tuple[int, int, int, int]] = []  # modality, item, pair, content
-        self.segments: list[tuple[int, int, int]] = []  # document, task, next_sentence
+        self.segments: list[tuple[int, int, int, int, int]] = []  # document, task, next_sentence, pack, first
+        self.shown: list[set[int]] = []  # modalities of the media of each document
+        self.pack = 0  # number of the pack that is being filled
 
     def add(self, entry: PackEntry) -> None:
         end = self.position + entry.tokens
         shown = self._shown(entry)
+        self.shown.append(set())
         for segment in entry.segments:
             self._add_segment(segment, shown)
         assert not entry.segments or self.position == end, f"{entry.ref.key} has other than {entry.tokens} tokens"
@@ -174,7 +179,8 @@ class _Rows:
                 assert math.prod(found.grid) == span.length, f"{span.length} slots for a medium of {found.grid} tokens"
                 grids[span.start] = found.grid
                 slots = slice(start + span.start, start + span.start + span.length)
-                self.spans[span.modality].append((slots, found.feature))
+                self.spans[span.modality].append((slots, found))
+                self.shown[-1].add(span.modality)
         self.arrays["position_ids"][:, here] = positions(length, self.axes, grids)
         for embedding in segment.embeddings:
             found = shown.get((embedding.modality, embedding.item))
@@ -182,17 +188,25 @@ class _Rows:
                 self.arrays["pool_index"][start + embedding.start : start + embedding.stop] = len(self.slots)
                 item = found.item if found else NOTHING
                 self.slots.append((embedding.modality, item, self.documents, embedding.content))
-        self.segments.append((self.documents, segment.task, segment.next_sentence))
+                self.shown[-1] |= {embedding.modality} - {TEXT}
+        self.segments.append((self.documents, segment.task, segment.next_sentence, self.pack, start))
         self.position += length
 
     def finished(self) -> dict[str, np.ndarray]:
         """The arrays, now that it is known how many features stand before those of each modality."""
-        base = 0
+        base = items = 0
         for modality in MEDIA:
-            for slots, feature in self.spans[modality]:
-                self.arrays["media_index"][slots] = np.arange(base + feature, base + feature + slots.stop - slots.start)
-            base += self.features[modality]
+            for slots, shown in self.spans[modality]:
+                first = base + shown.feature
+                self.arrays["media_index"][slots] = np.arange(first, first + slots.stop - slots.start)
+                self.arrays["span_ids"][slots] = items + shown.item
+            base, items = base + self.features[modality], items + self.items[modality]
         return self.arrays
+
+
+def _kind(shown: set[int]) -> int:
+    """The number in KINDS of a document that shows media of these modalities."""
+    return KINDS.index("mixed") if len(shown) > 1 else next(iter(shown), TEXT)
 
 
 def token_grid(model: ModelConfig, modality: int, rows: tuple[int, int, int]) -> Grid:

@@ -35,7 +35,8 @@ from mmpt.data.tokens import Tokenizer
 from mmpt.data.workers import Workers
 from mmpt.types import AUDIO, IMAGE, TEXT, VIDEO, LoaderState, LoadReport, PackedBatch, PlanCursor, UserError
 
-_TOKEN_BYTES = (9 + 4 + 3 + 5) * 8  # of a token in a PackedBatch, which may be an embedding slot, a segment and a medium as well
+_TOKEN_BYTES = (10 + 4 + 5 + 5 + 1) * 8  # of a token in a PackedBatch, a slot, a segment, a medium and a document as it may be
+_SPLIT_BYTES = (5 + 1 + 3) * 8  # of a token of a split batch that another rank has: its segment and document, and ways to go
 _SMALL_BYTES = 1 << 20  # what else a batch has: where its documents come from, and the gaps between tensors
 TRAIN = "train"
 
@@ -44,7 +45,8 @@ class Loader:
     """The training batches of one rank: `iter` yields PackedBatch from `state` on, until the plan ends, if it does.
 
     A micro-batch is the next `config.data.packs_per_batch` packs of the plan; rank r of R gets the r-th of R equal
-    slices. `finish` is applied to each batch in the worker; `bad_samples` is the folder for what could not be read.
+    slices. `finish` is applied to each batch in the worker, and leaves one of `parts` ranks' part of it; `bad_samples` is the
+    folder for what could not be read.
     Raises UserError where config, data and state do not fit.
     """
 
@@ -55,6 +57,7 @@ class Loader:
         world_size: int,
         state: LoaderState | None = None,
         finish: Callable[[PackedBatch], PackedBatch] | None = None,
+        parts: int = 1,
         bad_samples: Path | None = None,
     ):
         data = config.data
@@ -67,7 +70,7 @@ class Loader:
         fingerprint = _fingerprint(sources, tokenizer, data, mixture.unit)
         if state:
             refuse_changed_data(state.fingerprint, fingerprint)
-        self.config, self.batch_bytes = config, _batch_bytes(config, world_size, sources)
+        self.config, self.batch_bytes = config, _batch_bytes(config, world_size, parts, sources)
         self.prefetch = _prefetch(data, self.batch_bytes)
         self.state = LoaderState(
             fingerprint=fingerprint,
@@ -235,11 +238,17 @@ def refuse_changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> None
         )
 
 
-def _batch_bytes(config: RunConfig, world_size: int, sources: list[Source]) -> int:
-    """The most that the tensors of a rank's batch take."""
+def _batch_bytes(config: RunConfig, world_size: int, parts: int, sources: list[Source]) -> int:
+    """The most that the tensors of a rank's batch take.
+
+    Of a split batch, whose media are shared by what they cost to encode, it is an estimate: twice the mean of their bytes.
+    """
     data = config.data
     media = max((_row_bytes(config.model, source) * _most_rows(config, source) for source in sources), default=0)
-    return data.packs_per_batch // world_size * (data.pack_tokens * _TOKEN_BYTES + media) + _SMALL_BYTES
+    tokens = data.pack_tokens * _TOKEN_BYTES
+    if parts > 1:
+        media, tokens = min(media, 2 * media // parts), tokens // parts + data.pack_tokens * _SPLIT_BYTES
+    return data.packs_per_batch // world_size * (tokens + media) + _SMALL_BYTES
 
 
 def _row_bytes(model: ModelConfig, source: Source) -> int:

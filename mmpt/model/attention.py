@@ -1,7 +1,7 @@
 """Attention inside segments of a packed batch.
 
     document_ids --AttentionLayout--> order: segments of equal length stand together
-    q, k, v (in that order) --attend--> out: one kernel call for each distinct length, no padding
+    q, k, v (in that order) --layout.attend--> out: one kernel call for each distinct length, no padding
 
 Tokens are reordered once on the way into a stack of blocks and once on the way out, not in every layer. Causal and bidirectional
 attention need no mask; a sliding window, or media that see themselves, are masked a bounded block at a time.
@@ -80,6 +80,35 @@ class AttentionLayout:
         edges = torch.cat([starts.nonzero().flatten(), document_ids.new_tensor([len(document_ids)])])
         return cls.from_lengths(edges.diff(), causal=causal, window=window, spans=spans)
 
+    def attend(
+        self,
+        q: Float[Tensor, "T heads head_dim"],
+        k: Float[Tensor, "T kv_heads head_dim"],
+        v: Float[Tensor, "T kv_heads head_dim"],
+    ) -> Float[Tensor, "T heads head_dim"]:
+        """Scaled dot-product attention within segments; tokens stand in `order`. Grouped queries share keys in order of heads.
+
+        The kernel computes in `kernel_dtype`; the result is of the type of v.
+        """
+        with torch.autocast(v.device.type, enabled=False):
+            if _has_varlen_kernel(v, self):
+                return _attend_varlen(q.to(v.dtype), k.to(v.dtype), v, self)
+            dtype = kernel_dtype(v, self.short)
+            sizes = [count * length for count, length in self.groups]
+            out = []
+            for (count, length), spans, *rows in zip(
+                self.groups, self.spans, *(_split(x.to(dtype), sizes) for x in (q, k, v)), strict=True
+            ):
+                queries, keys, values = (rearrange(part, "(n l) h d -> n h l d", n=count) for part in rows)
+                if spans is None and (self.window is None or length <= self.window):
+                    mixed = _sdpa(queries, keys, values, is_causal=self.causal)
+                else:
+                    mixed = _attend_masked(queries, keys, values, self.window, spans)
+                out.append(rearrange(mixed, "n h l d -> (n l) h d"))
+            if not out:
+                return q.to(v.dtype)
+            return (out[0] if len(out) == 1 else torch.cat(out)).to(v.dtype)
+
 
 def _segments_with_spans(lengths: Int[Tensor, " S"], spans: Int[Tensor, " T"]) -> Int[Tensor, " S"]:
     """1 for a segment with a span in it, else 0."""
@@ -109,36 +138,6 @@ class Reorder(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, "T D"]):  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
-
-
-def attend(
-    q: Float[Tensor, "T heads head_dim"],
-    k: Float[Tensor, "T kv_heads head_dim"],
-    v: Float[Tensor, "T kv_heads head_dim"],
-    layout: AttentionLayout,
-) -> Float[Tensor, "T heads head_dim"]:
-    """Scaled dot-product attention within segments; tokens stand in `layout.order`. Grouped queries share keys in order of heads.
-
-    The kernel computes in `kernel_dtype`; the result is of the type of v.
-    """
-    with torch.autocast(v.device.type, enabled=False):
-        if _has_varlen_kernel(v, layout):
-            return _attend_varlen(q.to(v.dtype), k.to(v.dtype), v, layout)
-        dtype = kernel_dtype(v, layout.short)
-        sizes = [count * length for count, length in layout.groups]
-        out = []
-        for (count, length), spans, *rows in zip(
-            layout.groups, layout.spans, *(_split(x.to(dtype), sizes) for x in (q, k, v)), strict=True
-        ):
-            queries, keys, values = (rearrange(part, "(n l) h d -> n h l d", n=count) for part in rows)
-            if spans is None and (layout.window is None or length <= layout.window):
-                mixed = _sdpa(queries, keys, values, is_causal=layout.causal)
-            else:
-                mixed = _attend_masked(queries, keys, values, layout.window, spans)
-            out.append(rearrange(mixed, "n h l d -> (n l) h d"))
-        if not out:
-            return q.to(v.dtype)
-        return (out[0] if len(out) == 1 else torch.cat(out)).to(v.dtype)
 
 
 def kernel_dtype(x: Tensor, short: bool) -> torch.dtype:

@@ -8,11 +8,12 @@ There is no capacity: no token is dropped, however uneven the load.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmpt.config import ExpertsConfig
@@ -23,10 +24,9 @@ from mmpt.model.feed_forward import ACTIVATIONS, FeedForward
 class Origin(NamedTuple):
     """Where the tokens of a block come from, for counting by pack."""
 
-    order: Int[Tensor, " T"]  # the place in the batch of each token of the block
-    inverse: Int[Tensor, " T"]
-    packs: int  # of equal length, end to end in the batch
-    valid: Bool[Tensor, " T"] | None  # of the batch: False for tokens that do not count; None: all do
+    pack: Int[Tensor, " T"]  # number of the pack of each token; NOTHING for padding, which does not count
+    packs: int
+    add_up: Callable[[Tensor], Tensor]  # counts of these tokens, over all ranks that have tokens of the same packs
 
 
 class Experts(nn.Module):
@@ -91,19 +91,22 @@ class Experts(nn.Module):
     ) -> tuple[Int[Tensor, " experts"], Float[Tensor, " packs"] | None]:
         """Load, and the auxiliary loss of each pack (Switch, arXiv 2101.03961): experts * sum over them of choices per token and
         mean score. It is top_k where all have equal shares.
+
+        The mean is over all of a pack; the sum that makes it over these tokens: the losses of ranks that share a pack add up.
         """
         count, packs = self.config.count, origin.packs
-        counted = torch.ones_like(origin.order, dtype=torch.bool) if origin.valid is None else origin.valid
-        counted = counted.view(packs, -1, 1)
-        cells = chosen[origin.inverse].view(packs, -1, self.config.top_k)
-        cells = cells + count * torch.arange(packs, device=cells.device)[:, None, None]
-        used = cells.new_zeros(packs * count).index_add_(0, cells.flatten(), counted.expand_as(cells).flatten().long())
+        counted = (origin.pack >= 0).long()
+        cells = origin.pack.clamp(min=0)[:, None] * count + chosen
+        used = cells.new_zeros(packs * count).index_add_(0, cells.flatten(), counted[:, None].expand_as(cells).flatten())
         used = used.view(packs, count)
         if self.config.balance == "bias":
             return used.sum(0), None
-        tokens = counted.sum(1).clamp(min=1)
-        mass = Reorder.apply(scores, origin.inverse, origin.order).view(packs, -1, count) * counted
-        return used.sum(0), count * (used / tokens * mass.sum(1) / tokens).sum(-1)
+        member = origin.pack == torch.arange(packs, device=cells.device)[:, None]
+        used_by_all, tokens = origin.add_up(torch.cat([used, member.sum(1, keepdim=True)], dim=1)).split([count, 1], dim=1)
+        tokens = tokens.clamp(min=1)
+        with torch.autocast(scores.device.type, enabled=False):
+            mass = member.to(scores.dtype) @ scores
+        return used.sum(0), count * (used_by_all / tokens * mass / tokens).sum(-1)
 
     @torch.no_grad()
     def rebalance(self, load: Int[Tensor, " experts"]) -> None:

@@ -7,23 +7,22 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmpt.model.layers import gelu, quick_gelu, swiglu
+from mmpt.model.layers import gelu, narrowed, quick_gelu, swiglu
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "gelu": gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class FeedForward(nn.Module):
-    """dim -> hidden -> dim. SwiGLU (arXiv 2002.05202) computes gates and values in one layer: half its rows each, gates first."""
+    """dim -> hidden -> dim. SwiGLU (arXiv 2002.05202) has a layer of gates besides."""
 
     def __init__(self, dim: int, hidden: int, *, activation: str, bias: bool) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        if activation == "swiglu":
-            self.gate_up = nn.Linear(dim, 2 * hidden, bias=bias)
-        else:
-            self.up = nn.Linear(dim, hidden, bias=bias)
+        self.gate = nn.Linear(dim, hidden, bias=bias) if activation == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "T dim"]) -> Float[Tensor, "T dim"]:
-        widen = self.gate_up if self.activation is swiglu else self.up
-        return self.down(self.activation(widen(x)))
+        x = narrowed(x)  # once for both layers
+        widened = (self.up(x),) if self.gate is None else (self.gate(x), self.up(x))
+        return self.down(self.activation(*widened))

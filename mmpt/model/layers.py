@@ -14,6 +14,23 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+
+def widened(x: Tensor) -> Tensor:
+    """In fp32 at least: arithmetic that mixes types runs many times slower on a CPU than a cast does."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """In the type of autocast, where that is on: what a product would make of it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def local(weight: Tensor) -> Tensor:
+    """A weight as the rows of this rank meet it. Where ranks have copies and rows of their own, its gradient is their sum."""
+    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -21,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "#heads dim"], eps: float):
-        wide = _widened(x)
+        wide = widened(x)
         scale = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight)
@@ -29,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        normed = _widened(x) * scale
+        normed = widened(x) * scale
         both = grad * normed
         grad_weight = both.sum_to_size(weight.shape) if ctx.needs_input_grad[1] else None
         along = both.mul_(weight).mean(-1, keepdim=True)
@@ -40,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Float[Tensor, "*rows dim"], weight: Float[Tensor, "..."], eps: float) -> Float[Tensor, "*rows dim"]:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in fp32 or wider. `weight` broadcasts against x."""
     if torch.compiler.is_compiling():
-        wide = _widened(x)
+        wide = widened(x)
         return wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
     return _RMSNorm.apply(x, weight, eps)
 
@@ -56,7 +73,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, local(self.weight), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -74,7 +91,7 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return F.layer_norm(_widened(x), self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(widened(x), self.weight.shape, local(self.weight), local(self.bias), self.eps)
 
 
 def make_norm(kind: Literal["rms", "layer"], dim: int, eps: float) -> RMSNorm | LayerNorm:
@@ -88,7 +105,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _rotated(_widened(x), cos, sin)
+        return _rotated(widened(x), cos, sin)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -97,11 +114,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(
-    x: Float[Tensor, "T heads head_dim"], cos: Float[Tensor, "T 1 half"], sin: Float[Tensor, "T 1 half"]
-) -> Float[Tensor, "T heads head_dim"]:
+    x: Float[Tensor, "T *heads head_dim"], cos: Float[Tensor, "T *#heads half"], sin: Float[Tensor, "T *#heads half"]
+) -> Float[Tensor, "T *heads head_dim"]:
     """Turn the pairs (x[i], x[i + head_dim / 2]) by their angles (RoFormer, arXiv 2104.09864), in fp32 or wider."""
     if torch.compiler.is_compiling():
-        first, second = _widened(x).chunk(2, dim=-1)
+        first, second = widened(x).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return _Rotate.apply(x, cos, sin)
 
@@ -116,31 +133,34 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, where gate and up are the halves of one tensor. Keeps that tensor alone."""
+    """silu(gate) * up, of two tensors or of the halves of one. Keeps what it is given alone."""
 
     @staticmethod
-    def forward(ctx, gate_up: Float[Tensor, "T two_hidden"]):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+    def forward(ctx, *given: Tensor):
+        ctx.save_for_backward(*given)
+        gate, up = _gate_and_up(given)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
+        given = ctx.saved_tensors
+        out = tuple(torch.empty_like(x) for x in given)
+        (gate, up), (grad_gate, grad_up) = _gate_and_up(given), _gate_and_up(out)
         torch.mul(grad, F.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return out
 
 
-def swiglu(gate_up: Float[Tensor, "T two_hidden"]) -> Float[Tensor, "T hidden"]:
-    """silu(first half) * second half (arXiv 2002.05202)."""
+def _gate_and_up(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return given if len(given) == 2 else given[0].chunk(2, dim=-1)
+
+
+def swiglu(*gate_up: Float[Tensor, "T _"]) -> Float[Tensor, "T hidden"]:
+    """silu(gate) * up (arXiv 2002.05202), of two tensors, or of one with the gates in its first half."""
     if torch.compiler.is_compiling():
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = _gate_and_up(gate_up)
         return F.silu(gate) * up
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(*gate_up)
 
 
 def gelu(x: Float[Tensor, "T hidden"]) -> Float[Tensor, "T hidden"]:
@@ -168,8 +188,3 @@ def quick_gelu(x: Float[Tensor, "T hidden"]) -> Float[Tensor, "T hidden"]:
     if torch.compiler.is_compiling():
         return x * (1.702 * x).sigmoid()
     return _QuickGELU.apply(x)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """In fp32 at least: arithmetic that mixes types runs many times slower on a CPU than a cast does."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,13 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmpt.config import ModelConfig
-from mmpt.model.attention import AttentionLayout
 from mmpt.model.encoders import AudioEncoder, Encoded, ImageEncoder, VideoEncoder
-from mmpt.model.layers import make_norm
+from mmpt.model.experts import Origin
+from mmpt.model.layers import make_norm, widened
 from mmpt.model.rotary import rotary_angles
 from mmpt.model.sentence import BertHead
+from mmpt.model.sequence import WholeSequence
 from mmpt.model.transformer import Transformer
-from mmpt.types import AUDIO, IMAGE, MODALITIES, NOTHING, TEXT, VIDEO, Embeddings, MediaBatch, ModelOutput, PackedBatch
+from mmpt.types import AUDIO, IMAGE, MODALITIES, NOTHING, TEXT, VIDEO, Embeddings, ModelOutput, PackedBatch
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound: cosines are never multiplied by more than 100
 POSITION_STD = 0.02  # of learned positions and token types at the start, as BERT and GPT-2
@@ -35,6 +36,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         c, dim = config.transformer, config.transformer.dim
         self.config = config
+        self.sequence = WholeSequence()
         widths = {
             "out_dim": dim if config.fusion else None,
             "embedding_dim": config.embedding_dim if "tower" in config.levels else None,
@@ -92,16 +94,9 @@ class MultimodalModel(nn.Module):
     def forward(self, batch: PackedBatch) -> ModelOutput:
         c = self.config.transformer
         encoded = self.encode(batch)
-        x = self.place_media(self.embed(batch), encoded, batch.media_index)
-        layout = AttentionLayout.from_document_ids(
-            batch.document_ids,
-            causal=c.mask != "bidirectional",
-            window=c.window,
-            spans=self.media_spans(batch) if c.mask == "media" else None,
-        )
-        angles = {"theta": c.rope_theta, "scaling": c.rope_scaling, "sections": c.rope_sections}
-        rotary = rotary_angles(batch.position_ids, c.head_dim, **angles) if c.positions == "rotary" else None
-        hidden, routing = self.transformer(x, layout, rotary, packs=batch.packs, valid=batch.document_ids >= 0)
+        x = self.place_media(self.embed(batch), encoded, batch)
+        layout = self.sequence.layout(batch, causal=c.mask != "bidirectional", window=c.window, spans=c.mask == "media")
+        hidden, routing = self.transformer(x, layout, self.rotary(batch), self.origin(batch) if c.experts else None)
         weight = (self.output or self.embed_tokens).weight
         return ModelOutput(
             hidden=hidden,
@@ -109,7 +104,7 @@ class MultimodalModel(nn.Module):
             # A view, not the parameter itself: FSDP hooks what is returned, once a step, and a parameter would keep its hooks.
             output_weight=weight.view_as(weight),
             output_bias=self.head.bias.view_as(self.head.bias) if self.head else None,
-            sentence_logits=self.head.sentence_logits(hidden, batch.document_ids) if self.head else None,
+            sentence_logits=self.head.sentence_logits(hidden, batch.segments.first) if self.head else None,
             embeddings=self.embeddings(hidden, encoded, batch),
             routing=routing,
         )
@@ -138,65 +133,62 @@ class MultimodalModel(nn.Module):
                 into[modality] = encoder(media if len(media.grid) else encoder.blank(batch.tokens.device, *shared), *shared)
         return present | absent
 
-    def place_media(self, x: Float[Tensor, "T D"], encoded: dict[int, Encoded], media_index: Int[Tensor, " T"]) -> Tensor:
+    def place_media(self, x: Float[Tensor, "T D"], encoded: dict[int, Encoded], batch: PackedBatch) -> Float[Tensor, "T D"]:
         """Media slots take their features."""
         if not encoded or not self.config.fusion:
             return x
-        features = torch.cat([found.features for found in encoded.values()])
-        placed = F.embedding(media_index.clamp(min=0), features).to(x.dtype)
-        return torch.where((media_index >= 0)[:, None], placed, x)
+        features = self.sequence.features(torch.cat([found.features for found in encoded.values()]), batch)
+        if not len(features):  # none is shown here, and yet their graph is to be kept: every rank goes the same way back
+            return x + features.sum()
+        placed = F.embedding(batch.media_index.clamp(min=0), features).to(x.dtype)
+        return torch.where((batch.media_index >= 0)[:, None], placed, x)
 
-    def media_spans(self, batch: PackedBatch) -> Int[Tensor, " T"]:
-        """The number of the item that each token shows, or -1."""
-        rows = torch.cat([self._feature_rows(modality, media) for modality, media in batch.media.items()])
-        item = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
-        item = torch.cat([item, item.new_full((1,), NOTHING)])  # where media_index is NOTHING, which is -1
-        return item[batch.media_index]
+    def rotary(self, batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
+        c = self.config.transformer
+        if c.positions != "rotary":
+            return None
+        positions = self.sequence.positions(batch.position_ids)
+        return rotary_angles(positions, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling, sections=c.rope_sections)
 
-    def _feature_rows(self, modality: int, media: MediaBatch) -> Int[Tensor, " M"]:
-        """Feature rows of every item."""
-        steps, height, width = media.grid.unbind(1)
-        if modality == AUDIO:
-            return steps // self.config.audio.frames_per_token if self.config.audio else steps
-        merged = self.config.video.merge_frames if modality == VIDEO and self.config.video else 1
-        return -(-steps // merged) * height * width // (self.config.image.merge**2 if self.config.image else 1)
+    def origin(self, batch: PackedBatch) -> Origin:
+        packs = torch.cat([batch.segments.pack, batch.segments.pack.new_full((1,), NOTHING)])  # of padding, which is -1
+        return Origin(packs[batch.document_ids], batch.packs, self.sequence.add_up)
 
     def embeddings(self, hidden: Float[Tensor, "T D"], encoded: dict[int, Encoded], batch: PackedBatch) -> dict[str, Embeddings]:
         """Of every level of the config, for all slots of the batch."""
-        pooled = self.pool(hidden, batch.pool_index, len(batch.slots.pair))
+        if not self.config.levels:
+            return {}
+        pooled = self.pool(hidden, batch)
         vectors = {}
         if self.embedding_head is not None:
-            vectors["backbone"] = self.embedding_head(pooled).float()
+            vectors["backbone"] = widened(self.embedding_head(pooled))
         if self.text_head is not None:
-            vectors["tower"] = self._of_towers(self.text_head(pooled).float(), encoded, batch)
+            vectors["tower"] = self._of_towers(widened(self.text_head(pooled)), encoded, batch)
         return {level: self._unit_length(level, rows) for level, rows in vectors.items()}
 
     def _of_towers(self, texts: Float[Tensor, "P E"], encoded: dict[int, Encoded], batch: PackedBatch) -> Float[Tensor, "P E"]:
         """A text's from the transformer, a medium's from its encoder."""
         if not encoded:
             return texts
-        slots, start = batch.slots, 0
-        row = torch.zeros_like(slots.item)
-        for modality in encoded:
-            row = torch.where(slots.modality == modality, start + slots.item, row)
-            start += len(encoded[modality].pooled)
-        media = F.embedding(row, torch.cat([found.pooled.float() for found in encoded.values()]))
-        return torch.where((slots.modality == TEXT)[:, None], texts, media)
+        rows, row = self.sequence.items(encoded, batch)
+        if not len(rows):
+            return texts + rows.sum()
+        return torch.where((batch.slots.modality == TEXT)[:, None], texts, F.embedding(row, rows))
 
     def _unit_length(self, level: str, rows: Float[Tensor, "P E"]) -> Embeddings:
         return Embeddings(
             vectors=F.normalize(rows, dim=-1),
             norms=rows.detach().norm(dim=-1),
-            scale=self.log_scale[level].float().exp(),
-            bias=self.logit_bias[level].float().view(1) if level in self.logit_bias else None,
+            scale=widened(self.log_scale[level]).exp(),
+            bias=widened(self.logit_bias[level]).view(1) if level in self.logit_bias else None,
         )
 
-    def pool(self, hidden: Float[Tensor, "T D"], pool_index: Int[Tensor, " T"], slots: int) -> Float[Tensor, "P D"]:
+    def pool(self, hidden: Float[Tensor, "T D"], batch: PackedBatch) -> Float[Tensor, "P D"]:
         """The mean of the tokens of each slot; zeros for one without tokens."""
-        chosen = (pool_index >= 0).nonzero().flatten()
-        index = pool_index[chosen]
-        sums = hidden.new_zeros(slots, hidden.shape[1]).index_add(0, index, hidden.index_select(0, chosen))
-        counts = torch.bincount(index, minlength=slots).clamp(min=1)
+        rows, slot = self.sequence.pooled(hidden, batch)
+        slots = len(batch.slots.pair)
+        sums = rows.new_zeros(slots, rows.shape[1]).index_add(0, slot, rows)
+        counts = torch.bincount(slot, minlength=slots).clamp(min=1)
         return sums / counts[:, None]
 
     @torch.no_grad()

@@ -1,6 +1,10 @@
 """Rotary positions: the angles by which pairs of a head are turned, and how they are stretched to longer contexts.
 
 position_ids (axes, T) --frequencies, sections--> cos, sin (T, 1, head_dim / 2) --mmpt.model.layers.rotate--> queries, keys
+
+Angles are computed in fp64. In fp32 the fastest pair is off by half a radian at position 10 million, and from 2^24 on two
+positions in a row are the same number; and a frequency off by its last bit, as devices and libraries are among themselves,
+is one radian there.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ def rotary_angles(
     scaling: RopeScalingConfig | None = None,
     sections: tuple[int, ...] | None = None,
 ) -> tuple[Float[Tensor, "T 1 half"], Float[Tensor, "T 1 half"]]:
-    """Cosine and sine of every pair's angle (RoFormer, arXiv 2104.09864), in fp32.
+    """Cosine and sine of every pair's angle (RoFormer, arXiv 2104.09864), in fp32: rounded once, from fp64.
 
     Without `sections` a head's pairs are shared out evenly over the axes, and each axis has a full spectrum of its own. With them
     there is one spectrum over all pairs, of which the first `sections[0]` turn with axis 0, the next `sections[1]` with axis 1,
@@ -32,24 +36,20 @@ def rotary_angles(
     pairs = head_dim // 2
     if sections is None:
         frequency, factor = _frequencies(pairs // len(positions), theta, scaling, positions.device)
-        angles = rearrange(positions.float()[..., None] * frequency, "axes t f -> t 1 (axes f)")
+        angles = rearrange(positions.double()[..., None] * frequency, "axes t f -> t 1 (axes f)")
     else:
         assert sum(sections) == pairs and len(sections) == len(positions), (sections, head_dim, len(positions))
         frequency, factor = _frequencies(pairs, theta, scaling, positions.device)
-        per_axis = zip(positions.float(), frequency.split(list(sections)), strict=True)
+        per_axis = zip(positions.double(), frequency.split(list(sections)), strict=True)
         angles = torch.cat([axis[:, None] * part for axis, part in per_axis], dim=-1)[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+    return angles.cos().mul_(factor).float(), angles.sin().mul_(factor).float()
 
 
 def _frequencies(
     pairs: int, theta: float, scaling: RopeScalingConfig | None, device: torch.device
 ) -> tuple[Float[Tensor, " pairs"], float]:
-    """Radians per position of every pair, and the factor on cosine and sine.
-
-    Every operation is done as Hugging Face does it: at position 100,000 a frequency rounded otherwise is 0.01 in the angle.
-    """
-    wave = theta ** (torch.arange(pairs, device=device, dtype=torch.float32) / pairs)  # positions to a radian
+    """Radians per position of every pair, in fp64, and the factor on cosine and sine."""
+    wave = theta ** (torch.arange(pairs, device=device, dtype=torch.float64) / pairs)  # positions to a radian
     if scaling is None:
         return 1.0 / wave, 1.0
     if scaling.kind == "llama3":
@@ -74,6 +74,6 @@ def _yarn(wave: Float[Tensor, " pairs"], theta: float, scaling: RopeScalingConfi
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), 2 * pairs - 1)
-    number = torch.arange(pairs, device=wave.device, dtype=torch.float32)
+    number = torch.arange(pairs, device=wave.device, dtype=wave.dtype)
     stay = 1 - ((number - low) / (high - low or 0.001)).clamp(0, 1)
     return 1.0 / (scaling.factor * wave) * (1 - stay) + 1.0 / wave * stay

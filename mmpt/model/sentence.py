@@ -24,11 +24,10 @@ class BertHead(nn.Module):
     def transform(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.norm(F.gelu(self.dense(hidden)))
 
-    def sentence_logits(self, hidden: Float[Tensor, "T D"], document_ids: Int[Tensor, " T"]) -> Float[Tensor, "S 2"]:
-        """For every segment, from its first token: whether its second text follows the first, or is another document's."""
-        begins = document_ids >= 0
-        begins[1:] &= document_ids[1:] != document_ids[:-1]
-        return self.classifier(torch.tanh(self.pooler(hidden.index_select(0, begins.nonzero().flatten()))))
+    def sentence_logits(self, hidden: Float[Tensor, "T D"], first: Int[Tensor, " S"]) -> Float[Tensor, "n 2"]:
+        """For every segment, from its `first` token if that is here: whether its second text follows the first, or is another
+        document's."""
+        return self.classifier(torch.tanh(self.pooler(hidden.index_select(0, first[first >= 0]))))
 
     def initialize(self) -> None:
         for part in (self.dense, self.pooler, self.classifier):

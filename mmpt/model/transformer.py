@@ -5,19 +5,20 @@ x (T, dim) --reorder--> blocks: attention within segments, feed-forward or exper
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmpt.config import BlocksConfig, ExpertsConfig
-from mmpt.model.attention import AttentionLayout, Reorder, attend, kernel_dtype
+from mmpt.model.attention import AttentionLayout, Reorder, kernel_dtype
 from mmpt.model.experts import Experts, Origin
 from mmpt.model.feed_forward import FeedForward
-from mmpt.model.layers import RMSNorm, make_norm, rms_norm, rotate
+from mmpt.model.layers import RMSNorm, local, make_norm, rms_norm, rotate
 from mmpt.types import Routing
 
 Rotary = tuple[Tensor, Tensor]
@@ -25,31 +26,39 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """What stands around grouped-query attention; queries and keys may be normalised (arXiv 2302.05442) and turned."""
+    """What stands around grouped-query attention; queries and keys may be normalised (arXiv 2302.05442) and turned.
+
+    The rows of `qkv` stand by head of keys: the queries that share it, its keys, its values. So each range of such heads, as one
+    rank of several may have it, is a range of rows.
+    """
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=config.bias)
+        self.sharing, self.head_dim = config.n_heads // config.kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.dim, (config.n_heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
 
     def heads(self, x: Float[Tensor, "T dim"], rotary: Rotary | None, short: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, n_heads, head_dim), keys and values (T, n_kv_heads, head_dim)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        """Queries (T, heads, head_dim), keys and values (T, kv_heads, head_dim): as many as `qkv` has rows for."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.sharing + 2, self.head_dim))
         if self.q_norm is None and rotary is None:
             heads = heads.to(kernel_dtype(heads, short))  # in one piece: casting each of the three is slow
-            return heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+            return tuple(part.flatten(1, 2) for part in heads.split([self.sharing, 1, 1], dim=2))
         # Queries and keys side by side: half the passes over memory.
-        queries_keys, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=1)
+        queries_keys, v = heads.split([self.sharing + 1, 1], dim=2)
         if self.q_norm is not None:
-            weight = torch.cat([self.q_norm.weight.expand(self.n_heads, -1), self.k_norm.weight.expand(self.n_kv_heads, -1)])
+            weight = torch.cat([local(self.q_norm.weight).expand(self.sharing, -1), local(self.k_norm.weight)[None]])
             queries_keys = rms_norm(queries_keys, weight, self.q_norm.eps)
         if rotary is not None:
-            queries_keys = rotate(queries_keys, *rotary)
-        q, k = queries_keys.split([self.n_heads, self.n_kv_heads], dim=1)
-        return q, k, v
+            queries_keys = rotate(queries_keys, *(angles[:, None] for angles in rotary))
+        q, k = queries_keys.split([self.sharing, 1], dim=2)
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+
+
+def _once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 class Block(nn.Module):
@@ -68,18 +77,26 @@ class Block(nn.Module):
             self.ffn = Experts(config.dim, config.ffn_dim, experts, **kinds)
 
     def forward(
-        self, x: Float[Tensor, "T dim"], layout: AttentionLayout, rotary: Rotary | None, origin: Origin
+        self,
+        x: Float[Tensor, "T dim"],
+        layout: AttentionLayout,
+        rotary: Rotary | None,
+        origin: Origin | None,
+        around: Callable[..., Any] = _once,
     ) -> tuple[Float[Tensor, "T dim"], Int[Tensor, " experts"] | None, Float[Tensor, " packs"] | None]:
-        """The hidden states, and the load and balance of experts: plain tensors, which recomputation can pass on."""
-        mixed = attend(*self.before(x, rotary, layout.short), layout)
-        return self.after(x, mixed, origin)
+        """The hidden states, and the load and balance of experts: plain tensors, which recomputation can pass on.
+
+        `around` calls what stands around attention, with its arguments.
+        """
+        mixed = layout.attend(*around(self.before, x, rotary, layout.short))
+        return around(self.after, x, mixed, origin)
 
     def before(self, x: Float[Tensor, "T dim"], rotary: Rotary | None, short: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What attention reads."""
         return self.attention.heads(self.attention_norm(x) if self.pre else x, rotary, short)
 
     def after(
-        self, x: Float[Tensor, "T dim"], mixed: Float[Tensor, "T heads head_dim"], origin: Origin
+        self, x: Float[Tensor, "T dim"], mixed: Float[Tensor, "T heads head_dim"], origin: Origin | None
     ) -> tuple[Float[Tensor, "T dim"], Int[Tensor, " experts"] | None, Float[Tensor, " packs"] | None]:
         """What is done with what it gives."""
         x = x + self.attention.out(mixed.flatten(1))
@@ -88,7 +105,7 @@ class Block(nn.Module):
         x = x + change
         return x if self.pre else self.ffn_norm(x), load, balance
 
-    def _feed(self, x: Float[Tensor, "T dim"], origin: Origin) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _feed(self, x: Float[Tensor, "T dim"], origin: Origin | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.ffn(x, origin) if isinstance(self.ffn, Experts) else (self.ffn(x), None, None)
 
 
@@ -110,31 +127,32 @@ class Transformer(nn.Module):
         x: Float[Tensor, "T dim"],
         layout: AttentionLayout,
         rotary: Rotary | None = None,
-        packs: int = 1,
-        valid: Bool[Tensor, " T"] | None = None,
+        origin: Origin | None = None,
     ) -> tuple[Float[Tensor, "T dim"], tuple[Routing, ...]]:
         """Hidden states, and how experts were used, layer by layer.
 
-        `x`, `rotary` (see mmpt.model.rotary) and `valid` stand in the order of the batch, of which every T / packs tokens are a
-        pack. Tokens that are not `valid`, padding, do not count in Routing.
+        `x`, `rotary` (see mmpt.model.rotary) and `origin`, which experts alone ask for, stand in the order of the batch. A layout
+        without an order leaves them in it.
         """
         order = layout.order
-        origin = Origin(order, layout.inverse, packs, valid)
-        rotary = None if rotary is None else (rotary[0][order], rotary[1][order])
-        x = Reorder.apply(x, order, layout.inverse)
+        if order is not None:
+            rotary = None if rotary is None else (rotary[0][order], rotary[1][order])
+            origin = None if origin is None else origin._replace(pack=origin.pack[order])
+            x = Reorder.apply(x, order, layout.inverse)
         routing = []
         for block in self.blocks:
             x, load, balance = self._run(block, x, layout, rotary, origin)
             if load is not None:
                 routing.append(Routing(load=load, balance=balance))
         x = x if self.norm is None else self.norm(x)
-        return Reorder.apply(x, layout.inverse, order), tuple(routing)
+        return x if order is None else Reorder.apply(x, layout.inverse, order), tuple(routing)
 
     def _run(self, block: Block, *args):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(*args)
-        contexts = {"context_fn": _selective} if self.recompute == "selective" else {}
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+        if self.recompute == "full":
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args, _selective)  # attention stays out of it: it keeps what it needs, and a ring's messages went once
 
     def compile_blocks(self) -> None:
         """Compile what stands around attention (torch.compile). Attention and experts depend on segments and loads, which would
@@ -179,11 +197,7 @@ _SAVED = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,  # of products, over the ranks that have their parts
 }
 
 
@@ -191,4 +205,7 @@ def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_selective = partial(create_selective_checkpoint_contexts, _keep)
+def _selective(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it; what it computes is computed anew in the backward pass, but for _SAVED."""
+    contexts = partial(create_selective_checkpoint_contexts, _keep)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -59,7 +59,9 @@ def global_counts(batches: Sequence[PackedBatch], group: dist.ProcessGroup | Non
 def _counts(batch: PackedBatch) -> Int[Tensor, " counted"]:
     """As COUNTED, of one batch."""
     segments, ids = batch.segments, batch.document_ids[batch.labels != IGNORE]
-    sizes = [(segments.next_sentence != IGNORE).sum().item(), batch.packs, batch.documents]
+    asked = ((segments.next_sentence != IGNORE) & (segments.first >= 0)).sum().item()
+    whole = batch.split is None or batch.split.part == 0  # packs and documents are every part's: counted once
+    sizes = [asked, batch.packs * whole, batch.documents * whole]
     return torch.cat([torch.bincount(segments.task[ids], minlength=len(TASKS)), ids.new_tensor(sizes), count_pairs(batch.slots)])
 
 
@@ -79,7 +81,7 @@ def local_terms(
             loss = token_loss(output, batch, task, config.next_token.z_loss if task == NEXT_TOKEN else 0.0)
             add(name, loss, batch.document_ids[loss.positions], counts[name], weight)
     if config.next_sentence.weight and counts["next_sentence"] and output.sentence_logits is not None:
-        loss = sentence_loss(output.sentence_logits, batch.segments.next_sentence)
+        loss = sentence_loss(output.sentence_logits, batch.segments)
         add("next_sentence", loss, loss.positions, counts["next_sentence"], config.next_sentence.weight)
     if config.distillation and config.distillation.weight and counts["next_token"]:
         assert teacher is not None, "objectives.distillation without the teacher's output"

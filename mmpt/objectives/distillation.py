@@ -66,11 +66,11 @@ def draw(log_p: Float[Tensor, "n vocabulary"], chances: Float[Tensor, "n samples
 
 def _chances(batch: PackedBatch, samples: int) -> Float[Tensor, "T samples"]:
     """Uniform numbers for every position, keyed by the number of its pack: the same on every layout, and when a run resumes."""
-    length = len(batch.tokens) // batch.packs
-    found = torch.zeros(len(batch.tokens), samples, dtype=torch.float64)
-    for start, segment in enumerate(batch.document_ids.reshape(batch.packs, length).amax(1).tolist()):
-        if segment >= 0:
-            pack = batch.provenance[int(batch.segments.document[segment])].pack
-            rows = slice(start * length, (start + 1) * length)
-            torch.rand(length, samples, generator=torch.Generator().manual_seed(pack), dtype=torch.float64, out=found[rows])
-    return found.to(batch.tokens.device)
+    whole = len(batch.tokens) * (batch.split.parts if batch.split else 1)
+    found = torch.zeros(batch.packs, whole // batch.packs, samples, dtype=torch.float64)
+    packs = zip(batch.segments.pack.tolist(), batch.segments.document.tolist(), strict=True)
+    for place, document in dict(packs).items():
+        generator = torch.Generator().manual_seed(batch.provenance[document].pack)
+        torch.rand(found.shape[1:], generator=generator, dtype=torch.float64, out=found[place])
+    found = found.flatten(0, 1).to(batch.tokens.device)
+    return found if batch.split is None else found[batch.split.token_numbers]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import reprlib
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from mmpt.config import RunConfig, load
+from mmpt.config import ParallelConfig, RunConfig, load
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.parallel.mesh import World
 from mmpt.types import TrainState, UserError
@@ -38,6 +39,9 @@ ALLOWED_IN_METADATA = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
 }  # fmt: skip
+
+
+FORMAT = 2  # of what the tensors of a checkpoint mean; 1: rows of attention's qkv by kind, not by head of keys
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -109,7 +113,8 @@ def save(
     with _quiet():
         dcp.save(_tensors(model, optimizer), storage_writer=Writer(aside))
     if world.is_main:
-        (aside / "state.json").write_text(json.dumps({**asdict(state), "config": config.model_dump(mode="json")}, indent=1))
+        plain = {"format": FORMAT, **asdict(state), "config": config.model_dump(mode="json")}
+        (aside / "state.json").write_text(json.dumps(plain, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in sorted(final.parent.glob("step-*[0-9]"))[: -config.train.keep_checkpoints]:
@@ -165,7 +170,12 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
     """The state in state.json, and the config of the run that wrote it."""
     try:
         plain = json.loads((checkpoint / "state.json").read_text())
-        config = plain.pop("config")
+        config, found = plain.pop("config"), plain.pop("format", 1)
+        if found != FORMAT:
+            raise UserError(
+                f"checkpoint {checkpoint}: its format is {reprlib.repr(found)}, and this version of mmpt reads {FORMAT}; go on "
+                f"with the version that wrote it, or train anew under another name"
+            )
         return TrainState.from_json(plain), config
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -175,6 +185,7 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict]:
 
 
 FREE_TO_CHANGE = {
+    *(f"parallel.{name}" for name in ParallelConfig.model_fields),
     *(f"data.{name}" for name in ("workers", "prefetch", "prefetch_mib", "cache", "cache_gib")),
     *("data.spec", "data.tokenizer"),  # paths: what lies there has fingerprints in the loader's state
     *(f"train.{name}" for name in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "recompute")),

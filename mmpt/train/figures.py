@@ -23,12 +23,7 @@ from mmpt.objectives.combine import Counts, contrasted, pair_name
 from mmpt.objectives.contrastive import PairLoss
 from mmpt.objectives.diagnostics import contrastive_figures
 from mmpt.train.grad_cache import join_embeddings, join_slots
-from mmpt.types import MODALITIES, TEXT, Embeddings, LossTerms, ModelOutput, PackedBatch
-
-KINDS = (*MODALITIES, "mixed", "none")
-"""What a document shows: text alone, media of one modality, or of several; none: a row that is no document's."""
-
-MIXED, NONE = KINDS.index("mixed"), KINDS.index("none")
+from mmpt.types import KINDS, Embeddings, LossTerms, ModelOutput, PackedBatch
 
 
 class Tally:
@@ -63,12 +58,11 @@ class Origins:
     kind: Int[Tensor, " documents_plus_1"]  # in KINDS
 
     @classmethod
-    def of(cls, batch: PackedBatch, media_spans: Int[Tensor, " T"], sources: Sequence[str]) -> Origins:
-        """`media_spans`: the number of the item that each token shows, as the model counts them, or NOTHING."""
+    def of(cls, batch: PackedBatch, sources: Sequence[str]) -> Origins:
         number = {name: i for i, name in enumerate(sources)}
         names = [ref.source for ref in batch.provenance]
         source = batch.tokens.new_tensor([number[name] for name in names] + [len(sources) - 1])
-        kind = torch.cat([_kinds(batch, media_spans), source.new_full((1,), NONE)])
+        kind = torch.cat([batch.kinds, source.new_full((1,), KINDS.index("none"))])
         return cls(source=source, kind=kind)
 
     @staticmethod
@@ -79,18 +73,6 @@ class Origins:
             for name in ("source", "kind")
         )
         return Origins(source=source, kind=kind)
-
-
-def _kinds(batch: PackedBatch, media_spans: Int[Tensor, " T"]) -> Int[Tensor, " documents"]:
-    """By the media that a document's tokens show, and those that it contrasts, which may stand outside of the tokens."""
-    modality = torch.cat([batch.tokens.new_full((len(media.grid),), number) for number, media in batch.media.items()])
-    showing = (media_spans >= 0).nonzero().flatten()
-    shows = torch.zeros(batch.documents, len(MODALITIES), dtype=torch.bool, device=batch.tokens.device)
-    shows[batch.segments.document[batch.document_ids[showing]], modality[media_spans[showing]]] = True
-    shows[batch.slots.pair, batch.slots.modality] = True
-    shows[:, TEXT] = False
-    several = shows.sum(1) > 1
-    return torch.where(several, MIXED, shows.int().argmax(1))  # the first of equal ones: TEXT, where nothing is shown
 
 
 def source_names(batches: Sequence[PackedBatch], group: dist.ProcessGroup | None) -> list[str]:
@@ -113,7 +95,9 @@ class StepFigures:
         self.tally = Tally()
         self.embeddings: list[Mapping[str, Embeddings]] = []
         self.sources = source_names(batches, group) if detailed else []
-        self.origins = [Origins.of(batch, model.media_spans(batch), self.sources) for batch in batches] if detailed else []
+        self.origins = [Origins.of(batch, self.sources) for batch in batches] if detailed else []
+        for split in (batch.split for batch in batches if detailed and batch.split):
+            self.tally.add("sequence", torch.tensor([split.imbalance, split.remote, 1.0]))
 
     def add_terms(self, terms: LossTerms, pairs: Mapping[str, PairLoss], number: int | None) -> None:
         """The terms of micro-batch `number`, or those of all micro-batches together; and the contrast among them."""
@@ -164,6 +148,7 @@ class StepFigures:
         gradient/OBJECTIVE: norm of its gradient by the gain of the last norm; gradient/cosine: of next-token's with contrast's.
         contrast/LEVEL/...: the scale, whether it stands at a bound (clamped), the bias; by pair of modalities, over the
         step's pairs: batch_R@1, negatives (left of each pair's after masking), and those of `diagnostics`.
+        sequence/imbalance, sequence/remote: of ring attention, the mean over batches of Split's.
         experts/imbalance: the load of the fullest expert over the mean, averaged over layers; imbalance_max: the worst layer's.
         """
         figures = {"loss": self.loss, **{name: float(v) for name, v in self.sums.items() if name.startswith("loss/")}}
@@ -172,7 +157,8 @@ class StepFigures:
             return figures
         figures |= {f"count/{name}": count for name, count in counts.items() if count and name != "documents"}
         figures |= dict(self._parts("source", self.sources)) | dict(self._parts("modality", KINDS))
-        return figures | dict(self._gradients()) | dict(self._experts()) | self._contrast(config, counts)
+        figures |= dict(self._gradients()) | dict(self._sequence()) | dict(self._experts())
+        return figures | self._contrast(config, counts)
 
     def _parts(self, name: str, names: Sequence[str]) -> Iterator[tuple[str, float]]:
         if f"rows/{name}" in self.sums:
@@ -186,6 +172,11 @@ class StepFigures:
         if {"gradient/next_token", "gradient/contrastive"} <= found.keys():
             cosine = nn.functional.cosine_similarity(found["gradient/next_token"], found["gradient/contrastive"], dim=0)
             yield "gradient/cosine", float(cosine)
+
+    def _sequence(self) -> Iterator[tuple[str, float]]:
+        if "sequence" in self.sums:
+            *values, splits = self.sums["sequence"].tolist()
+            yield from ((f"sequence/{name}", value / splits) for name, value in zip(("imbalance", "remote"), values, strict=True))
 
     def _experts(self) -> Iterator[tuple[str, float]]:
         if self.loads is not None:

@@ -19,8 +19,9 @@ from mmpt.config import RunConfig
 from mmpt.data.loader import Loader
 from mmpt.model.convert import initialize_from
 from mmpt.model.multimodal import MultimodalModel, parameter_counts
-from mmpt.parallel.apply import apply_layout
+from mmpt.parallel.apply import apply_layout, splitter_of
 from mmpt.parallel.mesh import World, join_world
+from mmpt.parallel.sequence import refuse_unequal
 from mmpt.train import checkpoint
 from mmpt.train.evaluation import evaluate
 from mmpt.train.machine import keep_freed_memory, make_repeatable
@@ -37,7 +38,7 @@ def train(config: RunConfig, runs: Path = Path("runs"), console: Console | None 
     """Train runs/NAME to its last step, from its newest checkpoint if it has one. Returns the run's folder."""
     make_repeatable()
     keep_freed_memory()
-    with join_world() as world:
+    with join_world(config) as world:
         return _train(config, runs / config.name, world, console or Console())
 
 
@@ -45,17 +46,26 @@ def _train(config: RunConfig, run: Path, world: World, console: Console) -> Path
     model = MultimodalModel(config.model).initialize(config.train.seed)
     published = [] if checkpoint.newest(run) else initialize_from(model, config.model)
     counts = parameter_counts(model)
-    apply_layout(model.to(world.device), config.train, world.device, world.mesh)
+    apply_layout(model.to(world.device), config.train, world)
     optimizer = make_optimizer(model, config.optimizer)
     state = begin_or_resume(run, model, optimizer, config, world)
     begun = state.loader if state else None
-    loader = Loader(config, rank=world.rank, world_size=world.size, state=begun, bad_samples=run / "bad_samples")
-    teacher, taught_by = load_teacher(config, world.device, state.teacher if state else None)
+    loader = Loader(
+        config,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        state=begun,
+        finish=splitter_of(config.model, world),
+        parts=world.sequence_size,
+        bad_samples=run / "bad_samples" if world.leads else None,
+    )
+    teacher, taught_by = load_teacher(config, world, state.teacher if state else None)
     state = state or TrainState(step=0, loader=loader.state, samples=0, teacher=taught_by)
     with Ticker(console, config.train.steps, state.step, silent=not world.is_main) as ticker:
         for line in published:
             ticker.say(line)
-        ticker.say(f"{run}: {counts['total']:,} parameters, {world.size} rank(s), from step {state.step} of {config.train.steps}")
+        ranks = f"{world.size} rank(s){f' as {world.layout}' if world.size > 1 else ''}"
+        ticker.say(f"{run}: {counts['total']:,} parameters, {ranks}, from step {state.step} of {config.train.steps}")
         _steps(config, run, world, Learner(model=model, optimizer=optimizer, teacher=teacher), loader, state, ticker)
     return run
 
@@ -88,6 +98,8 @@ def _steps(
         if len(micro_batches) < t.accumulate:  # on every rank alike
             ticker.say(f"the data ended after {state.step} steps: a source of the mixture is exhausted")
             break
+        if world.sequence_group is not None:
+            refuse_unequal(micro_batches, world.sequence_group)
         logged = (step + 1) % t.log_every == 0 or step + 1 == t.steps
         figures = train_step(model, optimizer, micro_batches, step, config, world, teacher=learner.teacher, detailed=logged)
         seen = state.samples + int(figures["documents"])
@@ -96,7 +108,8 @@ def _steps(
         ticker.step(state.step)
         refuse_idle(figures, config)
         if logged:
-            tokens = {f"tokens/{source}": count for source, count in world.add_up(loader.meter.tokens).items()}
+            counted = loader.meter.tokens if world.leads else {}
+            tokens = {f"tokens/{source}": count for source, count in world.add_up(counted).items()}
             figures |= {"samples": state.samples, **clock.read(), **loader.meter.read(), **tokens, **loader.quarantine.figures}
             ticker.log(state.step, figures, clock.seconds_per_step * (t.steps - state.step))
         if log and logged:

@@ -8,12 +8,12 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import nn
 
 from mmpt.config import RunConfig
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.objectives.combine import combine, contrast_losses, contrast_terms, global_counts, local_terms
 from mmpt.parallel.mesh import World
+from mmpt.train.clip import clip_gradients
 from mmpt.train.figures import StepFigures
 from mmpt.train.grad_cache import cache_contrast
 from mmpt.train.optimizer import set_learning_rate
@@ -74,7 +74,7 @@ def train_step(
         loss = sum(losses.values(), torch.zeros(()))
         if loss.requires_grad:  # not where nothing in the data is to be learned
             loss.backward()
-    grad_norm = _clip(model, config.optimizer.clip_norm)
+    grad_norm = clip_gradients(model, config.optimizer.clip_norm, world.group)
     figures.over_ranks()
     _refuse_infinite(step, figures.loss, grad_norm, config)
     optimizer.step()
@@ -89,12 +89,3 @@ def _refuse_infinite(step: int, loss: float, grad_norm: float, config: RunConfig
             f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite; lower optimizer.lr "
             f"(now {config.optimizer.lr}) or raise optimizer.warmup_steps (now {config.optimizer.warmup_steps})"
         )
-
-
-def _clip(model: nn.Module, max_norm: float) -> float:
-    """The norm of the whole gradient, before clipping. Under FSDP it is a DTensor, and `full_tensor` sums it over ranks.
-
-    Torch sums squares in fp32: over shards the sums are shorter and lose less, some 1e-6 of the norm.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,9 @@ from mmpt.types import (
     AUDIO,
     IGNORE,
     IMAGE,
+    KINDS,
     MASKED,
+    MODALITIES,
     NEXT_TOKEN,
     NOTHING,
     TEXT,
@@ -31,6 +33,7 @@ from mmpt.types import (
     Part,
     PlanCursor,
     Text,
+    TokenizedDocument,
     Video,
 )
 
@@ -85,6 +88,16 @@ def entry(key: str, parts: list[tuple[int, int, bool]], form: Form = PLAIN, firs
     return PackEntry(ref=ref, tokens=sum(len(segment.tokens) for segment in segments), segments=segments, items=items)
 
 
+def modalities_of(segment: TokenizedDocument, one: PackEntry) -> Iterator[int]:
+    """Of the media that a segment shows or contrasts."""
+    for span in segment.media:
+        if one.items[span.modality][span.item] is not None:
+            yield span.modality
+    for embedding in segment.embeddings:
+        if embedding.modality != TEXT and one.items[embedding.modality][embedding.item] is not None:
+            yield embedding.modality
+
+
 def collated(packs: Sequence[Sequence[PackEntry]], pack_tokens: int = 256, model: ModelConfig = MODEL) -> PackedBatch:
     return collate(packs, model=model, pack_tokens=pack_tokens, pad=0, state=STATE, report=REPORT)
 
@@ -112,10 +125,15 @@ def test_a_batch_holds_its_documents_and_padding(packs: list[list[list]], form: 
         padding = slice(position, (p + 1) * width)
         assert set(batch.tokens[padding].tolist()) == {0} and set(batch.labels[padding].tolist()) == {IGNORE}
         assert set(batch.position_ids[:, padding].flatten().tolist()) == {0} == set(batch.token_types.tolist())
-        for name in ("document_ids", "media_index", "pool_index"):
+        for name in ("document_ids", "media_index", "pool_index", "span_ids"):
             assert set(getattr(batch, name)[padding].tolist()) == {NOTHING}
     owners = [number for number, one in enumerate(one for pack in entries for one in pack) for _ in one.segments]
     assert batch.segments.document.tolist() == owners
+    assert [int((batch.document_ids == n).int().argmax()) for n in range(segment_number)] == batch.segments.first.tolist()
+    assert (batch.segments.first // width).tolist() == batch.segments.pack.tolist()
+    shown = [{m for segment in one.segments for m in modalities_of(segment, one)} for pack in entries for one in pack]
+    kinds = ["mixed" if len(found) > 1 else MODALITIES[next(iter(found), TEXT)] for found in shown]
+    assert [KINDS[kind] for kind in batch.kinds.tolist()] == kinds
     assert set(batch.segments.task.tolist()) == {NEXT_TOKEN} and set(batch.segments.next_sentence.tolist()) == {IGNORE}
 
 
@@ -130,6 +148,7 @@ def test_every_slot_shows_its_own_medium(packs: list[list[list]], form: Form):
             marks += len(parts)
     batch = collated(entries)
     features = torch.cat([marks_of(batch, modality) for modality in MEDIA])
+    items = [float(media.values[start, 0]) for media in batch.media.values() for start in media.cu_seqlens[:-1].tolist()]
     number, expected_slots = 0, []
     for p, pack in enumerate(entries):
         position = p * 256
@@ -142,6 +161,8 @@ def test_every_slot_shows_its_own_medium(packs: list[list[list]], form: Form):
                         assert set(shown.tolist()) == {NOTHING}
                     else:
                         assert set(features[shown].tolist()) == {float(wanted.values[0, 0])}
+                        numbers = batch.span_ids[position + span.start : position + span.start + span.length]
+                        assert len(set(numbers.tolist())) == 1 and items[int(numbers[0])] == float(wanted.values[0, 0])
                 for embedding in segment.embeddings:
                     wanted = None if embedding.modality == TEXT else one.items[embedding.modality][embedding.item]
                     pooled = batch.pool_index[position + embedding.start : position + embedding.stop]

@@ -185,10 +185,11 @@ def test_no_pack_holds_more_media_than_it_may(tiny_config: RunConfig):
 
 def test_batches_made_ahead_fit_the_memory_given(tiny_config: RunConfig):
     config = with_data(tiny_config, pack_tokens=4096, packs_per_batch=16, workers=2, prefetch=100, prefetch_mib=512)
-    batch = 16 * 4096 * (21 * 8 + 4 * 3 * 8**2)  # bytes: all that is kept of a token, and a picture at every token
+    batch = 16 * 4096 * (25 * 8 + 4 * 3 * 8**2)  # bytes: all that is kept of a token, and a picture at every token
     assert Loader(config, 0, 1).prefetch == 512 * 2**20 // (2 * (batch + 2**20)) > 1
-    with pytest.raises(UserError, match=r"data\.prefetch_mib = 50: one batch for each worker may take 119 MiB"):
+    with pytest.raises(UserError, match=r"data\.prefetch_mib = 50: one batch for each worker may take 123 MiB"):
         Loader(with_data(config, prefetch_mib=50), 0, 1)
+    assert Loader(config, 0, 1, parts=8).batch_bytes < batch / 3  # of a split batch, some things are kept by all ranks
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_config: RunConfig, tokenizer: Tokenizer):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmpt.model import attention
-from mmpt.model.attention import AttentionLayout, Reorder, attend
+from mmpt.model.attention import AttentionLayout, Reorder
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -33,9 +33,9 @@ def dense(q, k, v, mask):
 
 
 def attend_in_order(q, k, v, layout):
-    """`attend` for tokens in the order of the batch."""
+    """`layout.attend` for tokens in the order of the batch."""
     ordered = (Reorder.apply(x, layout.order, layout.inverse) for x in (q, k, v))
-    return Reorder.apply(attend(*ordered, layout), layout.inverse, layout.order)
+    return Reorder.apply(layout.attend(*ordered), layout.inverse, layout.order)
 
 
 def random_heads(total: int, kv_heads: int, dtype=torch.float64) -> list[torch.Tensor]:
@@ -147,9 +147,9 @@ def test_a_token_alone_takes_its_own_value():
 def test_short_segments_of_bf16_are_computed_in_fp32_on_a_cpu(longest: int):
     layout = AttentionLayout.from_lengths(torch.tensor([3, longest]), causal=True)
     q, k, v = random_heads(3 + longest, 2, torch.bfloat16)
-    out = attend(q, k, v, layout)
+    out = layout.attend(q, k, v)
     assert out.dtype == torch.bfloat16
-    exact = attend(q.float(), k.float(), v.float(), layout).bfloat16()
+    exact = layout.attend(q.float(), k.float(), v.float()).bfloat16()
     assert torch.equal(out, exact) == (longest < attention.SHORT)
     torch.testing.assert_close(out, exact, rtol=0.05, atol=0.02)
 
@@ -168,11 +168,11 @@ def test_the_call_of_the_varlen_kernel(monkeypatch: pytest.MonkeyPatch):
     for kind in ({"causal": True}, {"causal": False}, {"causal": True, "window": 3}):
         layout = AttentionLayout.from_lengths(torch.tensor([5, 2, 6, 1]), **kind)
         assert not attention._has_varlen_kernel(v.bfloat16(), layout)
-        plain = attend(q, k, v, layout)
+        plain = layout.attend(q, k, v)
         with monkeypatch.context() as patch:
             patch.setattr(attention, "varlen_attn", kernel)
             patch.setattr(attention, "_has_varlen_kernel", lambda v, layout: True)
-            torch.testing.assert_close(attend(q, k, v, layout), plain, **EXACT)
+            torch.testing.assert_close(layout.attend(q, k, v), plain, **EXACT)
 
 
 def test_layout_on_literal_numbers():
@@ -191,4 +191,4 @@ def test_segments_with_the_same_number_apart_are_two():
 def test_no_tokens_at_all():
     layout = AttentionLayout.from_document_ids(torch.zeros(0, dtype=torch.long), causal=True)
     nothing = torch.zeros(0, 2, 8)
-    assert attend(nothing, nothing, nothing, layout).shape == (0, 2, 8)
+    assert layout.attend(nothing, nothing, nothing).shape == (0, 2, 8)

@@ -12,13 +12,16 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 from mmpt.config import ExpertsConfig
 from mmpt.model import experts as module
 from mmpt.model.experts import Experts, Origin, grouped_linear
+from mmpt.types import NOTHING
 
 DIM, HIDDEN = 16, 24
 
 
 def origin_of(tokens: int, packs: int = 1, valid: torch.Tensor | None = None, order: torch.Tensor | None = None) -> Origin:
-    order = torch.arange(tokens) if order is None else order
-    return Origin(order, order.argsort(), packs, valid)
+    """Of packs of equal length; what is not valid is padding."""
+    pack = torch.arange(tokens) // (tokens // packs)
+    pack = pack if valid is None else torch.where(valid, pack, NOTHING)
+    return Origin(pack if order is None else pack[order], packs, lambda counts: counts)
 
 
 def make(dtype: torch.dtype = torch.float32, activation: str = "swiglu", **config) -> Experts:
@@ -89,7 +92,8 @@ def test_equals_deepseek_v3():
         "router.weight": [theirs.gate.weight],
         "gate_up": [theirs.experts.gate_up_proj],
         "down": [theirs.experts.down_proj],
-        "shared.gate_up.weight": [shared.gate_proj.weight, shared.up_proj.weight],
+        "shared.gate.weight": [shared.gate_proj.weight],
+        "shared.up.weight": [shared.up_proj.weight],
         "shared.down.weight": [shared.down_proj.weight],
     }
     assert_same_as(ours, theirs, pairs)

@@ -11,7 +11,7 @@ from mmpt.model.feed_forward import FeedForward
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Outputs and the gradients of the input and of every pair of (our parameter, their parameters end to end)."""
+    """Outputs and the gradients of the input and of every pair of (our parameter, theirs)."""
     x = torch.randn(7, 12, dtype=torch.float64)
     upstream = torch.randn(7, 12, dtype=torch.float64)
     found = []
@@ -22,8 +22,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module, pairs: list[tuple[torch.Tens
         found.append((out, copy.grad))
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
-    for mine, others in pairs:
-        torch.testing.assert_close(mine.grad, torch.cat([other.grad for other in others]), rtol=1e-10, atol=1e-12)
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-12)
     assert len(pairs) == len(list(ours.parameters()))
 
 
@@ -32,13 +32,11 @@ def test_swiglu_equals_llamas(bias: bool):
     config = LlamaConfig(hidden_size=12, num_attention_heads=2, intermediate_size=20, mlp_bias=bias)
     ours, theirs = FeedForward(12, 20, activation="swiglu", bias=bias).double(), LlamaMLP(config).double()
     kinds = ["weight", "bias"] if bias else ["weight"]
-    pairs = []
-    for kind in kinds:
-        pairs.append((getattr(ours.gate_up, kind), [getattr(theirs.gate_proj, kind), getattr(theirs.up_proj, kind)]))
-        pairs.append((getattr(ours.down, kind), [getattr(theirs.down_proj, kind)]))
+    layers = [(ours.gate, theirs.gate_proj), (ours.up, theirs.up_proj), (ours.down, theirs.down_proj)]
+    pairs = [(getattr(mine, kind), getattr(other, kind)) for mine, other in layers for kind in kinds]
     with torch.no_grad():
-        for mine, others in pairs:
-            mine.copy_(torch.cat(others))
+        for mine, other in pairs:
+            mine.copy_(other)
     assert_same(ours, theirs, pairs)
 
 
@@ -50,4 +48,4 @@ def test_gelu_equals_clips(activation: str):
     ours = FeedForward(12, 20, activation=activation, bias=True).double()
     ours.up.load_state_dict(theirs[0].state_dict())
     ours.down.load_state_dict(theirs[2].state_dict())
-    assert_same(ours, theirs, [(mine, [other]) for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True)])
+    assert_same(ours, theirs, list(zip(ours.parameters(), theirs.parameters(), strict=True)))

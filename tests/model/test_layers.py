@@ -101,6 +101,13 @@ def test_swiglu_is_the_formula():
     assert_same_gradients(swiglu, formula, x)
 
 
+def test_swiglu_of_two_tensors_is_that_of_their_halves():
+    gate, up = randn(5, 6), randn(5, 6, seed=1)
+    whole = torch.cat([gate, up], dim=-1)
+    assert torch.equal(swiglu(gate, up), swiglu(whole))
+    assert_same_gradients(swiglu, lambda gate, up: swiglu(torch.cat([gate, up], dim=-1)), gate, up)
+
+
 @pytest.mark.parametrize("axes", [1, 2])
 def test_rotation_is_complex_multiplication(axes):
     """Pair i of a head, taken as a complex number, turns by position * theta ** (-i / pairs); two axes share the pairs out."""
@@ -141,13 +148,14 @@ def test_rotation_passes_gradcheck_and_widens_bf16():
     assert gradient.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("layer", ["rms_norm", "rotate", "swiglu", "quick_gelu"])
+@pytest.mark.parametrize("layer", ["rms_norm", "rotate", "swiglu", "swiglu of two", "quick_gelu"])
 def test_what_a_compiler_is_given_is_the_same(layer: str, monkeypatch: pytest.MonkeyPatch):
     weight, angles = randn(8, seed=1), randn(3, 1, 4, seed=2).detach()
     call = {
         "rms_norm": lambda x: rms_norm(x, weight, 1e-6),
         "rotate": lambda x: rotate(x, angles.cos(), angles.sin()),
         "swiglu": swiglu,
+        "swiglu of two": lambda x: swiglu(*x.unbind(1)),
         "quick_gelu": quick_gelu,
     }[layer]
     x = randn(3, 2, 8)

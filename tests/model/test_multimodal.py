@@ -179,6 +179,8 @@ def doubled(batch: PackedBatch) -> PackedBatch:
         document=shifted(batch.segments.document),
         task=batch.segments.task.repeat(2),
         next_sentence=batch.segments.next_sentence.repeat(2),
+        pack=torch.cat([batch.segments.pack, batch.segments.pack + batch.packs]),
+        first=torch.cat([batch.segments.first, batch.segments.first + len(batch.tokens)]),
     )
     return replace(
         batch,
@@ -187,12 +189,14 @@ def doubled(batch: PackedBatch) -> PackedBatch:
         document_ids=shifted(batch.document_ids),
         media_index=torch.cat([first[batch.media_index], second[batch.media_index]]),
         pool_index=shifted(batch.pool_index),
+        span_ids=shifted(batch.span_ids),
         images=media(batch.images),
         audios=media(batch.audios),
         videos=media(batch.videos),
         slots=slots,
         segments=segments,
         packs=2 * batch.packs,
+        kinds=batch.kinds.repeat(2),
         provenance=batch.provenance * 2,
     )
 

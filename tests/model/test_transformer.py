@@ -15,8 +15,10 @@ from transformers.models.bert.modeling_bert import BertEncoder
 
 from mmpt.config import BlocksConfig, ExpertsConfig
 from mmpt.model.attention import AttentionLayout
+from mmpt.model.experts import Origin
 from mmpt.model.rotary import rotary_angles
 from mmpt.model.transformer import Transformer
+from mmpt.types import NOTHING
 
 DIM, LAYERS, HEADS, FFN = 32, 2, 4, 48
 LENGTHS = (5, 1, 9, 5)
@@ -38,24 +40,36 @@ def perturbed(module: nn.Module) -> nn.Module:
     return module
 
 
+def together(name: str, parts: list[Tensor]) -> Tensor:
+    """Ours of theirs: one below the other, but the rows of `qkv` by head of keys, with the queries that share it before them."""
+    whole = torch.cat(parts)
+    if "qkv" not in name:
+        return whole
+    heads = whole.unflatten(0, (-1, DIM // HEADS))
+    shared = (len(heads) - HEADS) // 2
+    each = HEADS // shared
+    order = [i for head in range(shared) for i in (*range(head * each, (head + 1) * each), HEADS + head, HEADS + shared + head)]
+    return heads[order].flatten(0, 1)
+
+
 def assert_same(ours: Transformer, run: Callable, reference: nn.Module, pairs: dict[str, list[Tensor]], rotary=None, causal=True):
     """Packed documents through ours, each alone through `run`: outputs, every gradient. `pairs` has theirs for each of ours."""
     perturbed(reference)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            parameter.copy_(torch.cat(pairs[name]))
+            parameter.copy_(together(name, pairs[name]))
     x = torch.randn(len(NUMBERS), DIM)
     upstream = torch.randn_like(x)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     layout = AttentionLayout.from_document_ids(NUMBERS, causal=causal)
-    out, _ = ours(mine, layout, rotary)
+    out, _ = ours(mine, layout, rotary, Origin(torch.zeros_like(NUMBERS), 1, lambda counts: counts))
     expected = torch.cat([run(part[None])[0] for part in other.split(list(LENGTHS))])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     out.backward(upstream)
     expected.backward(upstream)
     torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
     for name, parameter in ours.named_parameters():
-        gradient = torch.cat([part.grad for part in pairs[name]])
+        gradient = together(name, [part.grad for part in pairs[name]])
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -91,8 +105,7 @@ def test_equals_llama_and_qwen3(qk_norm: bool):
     theirs = Qwen3Model(Qwen3Config(**LLAMA, **head_dim)) if qk_norm else LlamaModel(LlamaConfig(**LLAMA))
     pairs = llama_pairs(theirs)
     for i, layer in enumerate(theirs.layers):
-        pairs[f"blocks.{i}.ffn.gate_up.weight"] = [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]
-        pairs[f"blocks.{i}.ffn.down.weight"] = [layer.mlp.down_proj.weight]
+        pairs |= {f"blocks.{i}.ffn.{n}.weight": [getattr(layer.mlp, f"{n}_proj").weight] for n in ("gate", "up", "down")}
         if qk_norm:
             pairs[f"blocks.{i}.attention.q_norm.weight"] = [layer.self_attn.q_norm.weight]
             pairs[f"blocks.{i}.attention.k_norm.weight"] = [layer.self_attn.k_norm.weight]
@@ -185,6 +198,7 @@ EXPERTS = {
     "bias": ExpertsConfig(count=4, top_k=2, balance="bias"),
 }
 PADDED = torch.tensor([0, 0, 0, 1, 2, 2, 2, -1, 3, 3, 3, 3, 3, 4, 4, -1])
+ORIGIN = Origin(torch.where(PADDED >= 0, torch.arange(16) // 8, NOTHING), 2, lambda counts: counts)
 SPANS = torch.tensor([-1, 0, 0, -1, 1, 1, -1, -1, -1, 2, 2, 2, -1, -1, -1, -1])
 MASKS = {"causal": {"causal": True}, "window": {"causal": True, "window": 2}, "spans": {"causal": True, "spans": SPANS}}
 
@@ -196,7 +210,7 @@ def run_once(model: Transformer, mask: str, autocast: bool = False) -> tuple[lis
     layout = AttentionLayout.from_document_ids(PADDED, **MASKS[mask])
     rotary = rotary_angles(torch.arange(16)[None], DIM // HEADS, 1e4)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out, routing = model(x, layout, rotary, packs=2, valid=PADDED >= 0)
+        out, routing = model(x, layout, rotary, origin=ORIGIN)
     balance = sum(layer.balance.sum() for layer in routing if layer.balance is not None)
     (out.float().square().mean() + balance).backward()
     found = [out, *(layer.load for layer in routing), *(layer.balance for layer in routing if layer.balance is not None)]
@@ -311,7 +325,7 @@ def test_one_document_does_not_touch_another(variant: str, experts: str):
     layout = AttentionLayout.from_document_ids(PADDED, causal=True)
     x = torch.randn(16, DIM)
     changed = torch.where((PADDED == 3)[:, None], -x, x)
-    before, after = model(x, layout)[0], model(changed, layout)[0]
+    before, after = (model(tokens, layout, origin=ORIGIN)[0] for tokens in (x, changed))
     tolerance = 0.0 if EXPERTS[experts] is None else 1e-5
     same = ((before - after).abs() <= tolerance).all(dim=1)
     assert same[PADDED != 3].all() and not same[PADDED == 3].any()
@@ -353,7 +367,8 @@ def test_the_spread_of_drawn_weights():
         "ffn.router.weight": 64**-0.5 / 10,
         "ffn.gate_up": 64**-0.5,
         "ffn.down": 256**-0.5 / 4,
-        "ffn.shared.gate_up.weight": 64**-0.5,
+        "ffn.shared.gate.weight": 64**-0.5,
+        "ffn.shared.up.weight": 64**-0.5,
         "ffn.shared.down.weight": 256**-0.5 / 4,
     }
     assert {name for name in weights if "norm" not in name} == set(expected)
@@ -374,9 +389,9 @@ def test_padding_does_not_count_in_routing():
     model.initialize()
     layout = AttentionLayout.from_document_ids(PADDED, causal=True)
     x = torch.randn(16, DIM)
-    _, (routing,) = model(x, layout, packs=2, valid=PADDED >= 0)
+    _, (routing,) = model(x, layout, origin=ORIGIN)
     other = torch.where((PADDED >= 0)[:, None], x, torch.randn(16, DIM))
-    _, (changed,) = model(other, layout, packs=2, valid=PADDED >= 0)
+    _, (changed,) = model(other, layout, origin=ORIGIN)
     assert int(routing.load.sum()) == 2 * 14
     assert torch.equal(routing.load, changed.load) and torch.equal(routing.balance, changed.balance)
     assert routing.balance.shape == (2,)

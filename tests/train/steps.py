@@ -12,6 +12,7 @@ from torch import nn
 
 from mmpt.config import RunConfig
 from mmpt.data.loader import Loader
+from mmpt.parallel.apply import splitter_of
 from mmpt.parallel.mesh import World
 from mmpt.train.step import train_step
 from mmpt.types import Embeddings, ModelOutput, PackedBatch
@@ -83,7 +84,10 @@ def alter(config: RunConfig, **sections: dict) -> RunConfig:
 
 def four_batches(config: RunConfig, count: int, packs: int, world: World = ALONE) -> list[PackedBatch]:
     """The rank's first micro-batches of a run, of `packs` packs over all ranks."""
-    loader = Loader(alter(config, data={"packs_per_batch": packs}), rank=world.rank, world_size=world.size)
+    finish = splitter_of(config.model, world)
+    loader = Loader(
+        alter(config, data={"packs_per_batch": packs}), rank=world.data_rank, world_size=world.data_size, finish=finish
+    )
     return list(islice(loader, count))
 
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from mmpt.config import RunConfig
 from mmpt.data.loader import Loader
-from mmpt.train.checkpoint import SafeReader, load_model, newest, read_state
+from mmpt.train.checkpoint import FORMAT, SafeReader, load_model, newest, read_state
 from mmpt.train.loop import train
 from mmpt.types import TrainState, UserError
 
@@ -92,6 +92,15 @@ def test_another_models_checkpoint_is_refused(run: Path):
         load_model(run)
 
 
+def test_a_checkpoint_of_another_format_is_refused(run: Path):
+    path = newest(run) / "state.json"
+    state = json.loads(path.read_text())
+    for written in ({**state, "format": FORMAT + 1}, {name: value for name, value in state.items() if name != "format"}):
+        path.write_text(json.dumps(written))
+        with pytest.raises(UserError, match=r"its format is [13], and this version of mmpt reads 2; go on with the version that"):
+            load_model(run)
+
+
 def test_going_on_under_another_config_names_the_change(run: Path, tiny_config: RunConfig):
     faster = tiny_config.model_copy(update={"optimizer": tiny_config.optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(UserError, match=r"optimizer.lr was 0.001 and is 0.5; set them back, or give the new run its own name"):
@@ -110,7 +119,7 @@ def test_the_state_says_where_the_run_stood(run: Path):
 
 
 def test_states_of_strangers_are_one_line(tmp_path: Path, tiny_config: RunConfig):
-    state = asdict(TrainState(step=1, loader=Loader(tiny_config, 0, 1).state, samples=1)) | {"config": {}}
+    state = asdict(TrainState(step=1, loader=Loader(tiny_config, 0, 1).state, samples=1)) | {"config": {}, "format": FORMAT}
 
     def cursor(**changes: object) -> dict:
         return state | {"loader": state["loader"] | {"cursor": state["loader"]["cursor"] | changes}}

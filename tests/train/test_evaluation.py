@@ -2,22 +2,30 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import four_document
+from ranks import on_ranks
+from steps import ALONE, alter, four_batches
 
 from mmpt.config import RunConfig
 from mmpt.data.shards import ShardWriter
 from mmpt.data.tokens import Tokenizer
+from mmpt.evaluate.embed import evaluating
 from mmpt.evaluate.zero_shot import evaluate_retrieval
 from mmpt.model.multimodal import MultimodalModel
-from mmpt.parallel.mesh import join_world
-from mmpt.train.evaluation import evaluate
+from mmpt.parallel.apply import apply_layout, splitter_of
+from mmpt.parallel.layout import Layout
+from mmpt.parallel.mesh import World, join_world, make_mesh
+from mmpt.train.evaluation import WholeBatches, evaluate
 
 
 def figures(config: RunConfig) -> dict[str, float]:
-    with join_world() as world:
+    with join_world(config) as world:
         return evaluate(MultimodalModel(config.model).initialize(seed=0), config, world)
 
 
@@ -86,3 +94,28 @@ def test_a_faulty_picture_is_counted_and_does_not_end_the_run(tiny_config: RunCo
     os.utime(held_out, ns=(times.st_atime_ns, times.st_mtime_ns))
     found = figures(with_spec(tiny_config, tmp_path / "tiny.yaml"))
     assert found["val/faults"] == 1 and 0 < found["val/next_token"] < 20
+
+
+def embeddings(config: RunConfig, layouts: Sequence[Layout]) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Of all slots of a whole batch, in fp64, in each layout."""
+    (batch,), found = four_batches(config, 1, packs=4), []
+    for layout in layouts:
+        world = ALONE
+        if layout.ranks > 1:
+            mesh = make_mesh(layout, ALONE.device)
+            world = World(rank=dist.get_rank(), size=layout.ranks, device=ALONE.device, mesh=mesh)
+        model = apply_layout(MultimodalModel(config.model).initialize(seed=0).double(), config.train, world)
+        whole = WholeBatches(model, splitter_of(config.model, world), world)
+        with evaluating(whole):
+            found.append({level: (e.vectors, e.norms) for level, e in whole(batch).embeddings.items()})
+        assert model.training
+    return found
+
+
+def test_embeddings_of_whole_batches(four_config: RunConfig):
+    config = alter(four_config, model={"levels": ("backbone", "tower"), "transformer": {"n_kv_heads": 2}})
+    (alone,) = embeddings(config, [Layout()])
+    assert alone.keys() == {"backbone", "tower"} and len(alone["tower"][0]) > 8
+    for rank in on_ranks(2, embeddings, config, [Layout(dp_shard=2), Layout(ring=2), Layout(ulysses=2), Layout(tp=2)]):
+        for found in rank:
+            torch.testing.assert_close(found, alone, rtol=1e-11, atol=1e-12)

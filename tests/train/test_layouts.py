@@ -11,12 +11,12 @@ from pairs import SHARES, pair_batch
 from ranks import on_ranks
 from steps import ALONE, Toy, alter, assert_same_gradients, four_batches, take_step
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from mmpt.config import RunConfig
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.parallel.apply import apply_layout
-from mmpt.parallel.mesh import World
+from mmpt.parallel.layout import Layout
+from mmpt.parallel.mesh import World, make_mesh
 
 Step = tuple[dict[str, float], dict[str, Tensor]]
 
@@ -33,7 +33,7 @@ def setting(config: RunConfig, exchange: str, cached: bool) -> RunConfig:
 
 def real_steps(config: RunConfig, world: World, cases: list[Case]) -> list[Step]:
     model = MultimodalModel(config.model).initialize(seed=0)
-    apply_layout(model, config.train, world.device, world.mesh)
+    apply_layout(model, config.train, world)
     batches = {count: four_batches(config, count, PACKS // count, world) for count in {case[0] for case in cases}}
     return [
         take_step(model, batches[accumulate], setting(config, exchange, cached), world, detailed=True)
@@ -57,9 +57,8 @@ def toy_steps(config: RunConfig, world: World) -> list[Step]:
 
 
 def body(config: RunConfig, toy_config: RunConfig) -> tuple[list[Step], list[Step]]:
-    size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("dp_shard",))
-    world = World(rank=dist.get_rank(), size=size, device=torch.device("cpu"), mesh=mesh)
+    size, device = dist.get_world_size(), torch.device("cpu")
+    world = World(rank=dist.get_rank(), size=size, device=device, mesh=make_mesh(Layout(dp_shard=size), device))
     return real_steps(config, world, REAL_CASES), toy_steps(toy_config, world)
 
 

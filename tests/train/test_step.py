@@ -12,10 +12,10 @@ from token_batches import label_batch
 from mmpt.config import OptimizerConfig, RunConfig
 from mmpt.model.multimodal import MultimodalModel
 from mmpt.objectives.combine import combine, contrast_losses, contrast_terms, global_counts, local_terms
-from mmpt.train.figures import KINDS, Origins, Tally, gain_gradients, source_names
+from mmpt.train.figures import Origins, Tally, gain_gradients, source_names
 from mmpt.train.optimizer import learning_rate, make_optimizer
 from mmpt.train.step import train_step
-from mmpt.types import IGNORE, NOTHING, TEXT, VIDEO, PackedBatch, UserError
+from mmpt.types import AUDIO, IGNORE, IMAGE, KINDS, TEXT, PackedBatch, UserError
 
 
 def test_the_rate_rises_and_falls_as_torchs_schedules():
@@ -106,19 +106,12 @@ def test_parts_add_up_to_the_loss(both_levels: RunConfig):
 def test_parts_are_those_of_their_documents():
     """Next-token loss by source and by what documents show, summed by hand document by document."""
     batch = label_batch([[1, 2], [3], [4, IGNORE], [5]], sources=["b", "a", "none", "b"], documents=[0, 1, 2, 3])
-    images = replace(batch.images, grid=torch.ones(2, 3, dtype=torch.int64))
-    batch = replace(batch, images=images, audios=replace(images, grid=images.grid[:1]))
-    spans = torch.tensor([NOTHING, 2, 0, NOTHING, 1, NOTHING])  # document 0 shows the sound, 1 a picture, 2 the other
+    batch = replace(batch, kinds=torch.tensor([AUDIO, IMAGE, IMAGE, TEXT]))
     sources = source_names([batch], None)
-    origins = Origins.of(batch, spans, sources)
+    origins = Origins.of(batch, sources)
     assert sources == ["a", "b", "none"]
     assert origins.source.tolist() == [1, 0, 2, 1, 2]
     assert [KINDS[kind] for kind in origins.kind] == ["audio", "image", "image", "text", "none"]
-    mixed = replace(batch, segments=replace(batch.segments, document=torch.tensor([0, 0, 2, 3])))
-    assert KINDS[Origins.of(mixed, spans, sources).kind[0]] == "mixed"
-    slots = replace(batch.slots, modality=torch.tensor([TEXT, VIDEO]), pair=torch.tensor([3, 3]))  # as with fusion: false
-    outside = Origins.of(replace(batch, slots=slots), torch.full_like(spans, NOTHING), sources)
-    assert [KINDS[kind] for kind in outside.kind] == ["text", "text", "text", "video", "none"]
     joined = Origins.join([origins, origins])
     assert joined.source.tolist() == [1, 0, 2, 1] * 2 + [2] and joined.kind[-1] == origins.kind[-1] and len(joined.kind) == 9
 

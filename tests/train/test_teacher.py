@@ -2,15 +2,23 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from steps import alter
+import torch.distributed as dist
+from ranks import on_ranks
+from steps import ALONE, alter, assert_same_gradients, four_batches, take_step
 
 from mmpt.config import RunConfig
 from mmpt.data.tokens import Tokenizer
+from mmpt.model.multimodal import MultimodalModel
+from mmpt.parallel.apply import apply_layout
+from mmpt.parallel.layout import Layout
+from mmpt.parallel.mesh import World, make_mesh
 from mmpt.train.checkpoint import load_model, newest, step_folder
 from mmpt.train.loop import train
+from mmpt.train.teacher import load_teacher
 from mmpt.types import UserError
 
 
@@ -68,6 +76,45 @@ def test_a_teacher_of_other_patches_is_refused(teacher: Path, tiny_config: RunCo
     config = student_of(teacher, tiny_config, model={"image": {"merge": 1}})
     with pytest.raises(UserError, match=r"its model\.image\.merge is 2, and this run's is 1"):
         train(config, runs=tmp_path)
+
+
+def taught_step(config: RunConfig, layout: Layout | None) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The first step of a student, its teacher laid out as it is."""
+    device = torch.device("cpu")
+    world = ALONE if layout is None else World(rank=dist.get_rank(), size=2, device=device, mesh=make_mesh(layout, device))
+    teacher, _ = load_teacher(config, world, None)
+    model = apply_layout(MultimodalModel(config.model).initialize(seed=1), config.train, world)
+    return take_step(model, four_batches(config, 1, 4, world), config, world, teacher=teacher)
+
+
+def taught_steps(config: RunConfig, layouts: list[Layout]) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
+    return [taught_step(config, layout) for layout in layouts]
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_teacher_is_laid_out_as_the_run(tiny_config: RunConfig, tmp_path: Path, samples: int):
+    """Also where tokens are drawn: a token draws the same on every layout."""
+    heads = alter(tiny_config, model={"transformer": {"n_kv_heads": 2}})
+    wide = alter(heads, model={"transformer": {"dim": 48}}).model_copy(update={"name": "wide"})
+    config = alter(student_of(train(wide, runs=tmp_path), heads), objectives={"distillation": {"samples": samples}})
+    figures, gradients = taught_step(config, None)
+    assert figures["loss/distillation"] > 0
+    for steps in on_ranks(2, taught_steps, config, [Layout(dp_shard=2), Layout(ring=2), Layout(tp=2)]):
+        for found, taught in steps:
+            assert found["loss/distillation"] == pytest.approx(figures["loss/distillation"], rel=1e-5)
+            assert_same_gradients(taught, gradients, 1e-4)
+
+
+def test_a_teacher_that_does_not_fit_the_layout_is_refused(teacher: Path, tiny_config: RunConfig):
+    """One head of keys; and batches are split for the mask of the run."""
+    student = alter(student_of(teacher, tiny_config), model={"transformer": {"n_kv_heads": 2}})
+    mesh = SimpleNamespace(shape=(1, 1, 1, 1, 2))
+    with pytest.raises(UserError, match=r"its model\.transformer\.n_kv_heads 1 is not a multiple of ulysses 1 x tp 2"):
+        load_teacher(student, World(rank=0, size=2, device=torch.device("cpu"), mesh=mesh), None)
+    media = alter(student, model={"transformer": {"mask": "media"}})
+    with pytest.raises(UserError, match=r"its model\.transformer\.mask is 'causal', and this run's is 'media'"):
+        load_teacher(media, World(rank=0, size=2, device=torch.device("cpu"), mesh=mesh), None)
+    assert load_teacher(media, ALONE, None)[1] == 4
 
 
 def test_no_teacher_where_one_is_named(tiny_config: RunConfig, tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mmpt.config import BlocksConfig, ModelConfig
-from mmpt.model.convert.rules import Rule
+from mmpt.model.convert.rules import ByKeyHead, Rule
 from mmpt.model.convert.settings import Settings, Theirs
 
 
@@ -49,9 +49,14 @@ class Architecture:
         return tuple(rule for part in self.parts.values() if part.has(config) for rule in part.rules(config))
 
 
-def rows_of_qkv(config: BlocksConfig) -> tuple[int, int, int]:
-    """Rows of queries, keys and values."""
-    return config.dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim
+def qkv_rules(config: BlocksConfig, theirs: Mapping[str, tuple[str | None, ...]]) -> tuple[Rule, ...]:
+    """Of one layer's `attention.qkv`: by kind, weight or bias, their names of queries, keys and values, or of all in one."""
+    rows = config.dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim
+    form = ByKeyHead(config.kv_heads, rows)
+    return tuple(
+        Rule(ours=(f"attention.qkv.{kind}",), theirs=names, form=form, their_rows=rows if len(names) == 3 else ())
+        for kind, names in theirs.items()
+    )
 
 
 def of_layers(config: BlocksConfig, rules: tuple[Rule, ...], ours: str, theirs: str) -> tuple[Rule, ...]:

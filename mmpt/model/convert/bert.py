@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mmpt.config import ModelConfig
-from mmpt.model.convert.architecture import Architecture, Part, of_layers, rows_of_qkv
+from mmpt.model.convert.architecture import Architecture, Part, of_layers, qkv_rules
 from mmpt.model.convert.rules import Rule, same, with_bias
 from mmpt.model.convert.settings import ACTIVATIONS, Setting, Theirs
 
@@ -79,14 +79,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 def _body(config: ModelConfig) -> tuple[Rule, ...]:
     c = config.transformer
-    qkv = (
-        Rule(
-            ours=(f"attention.qkv.{kind}",),
-            theirs=tuple(f"attention.self.{name}.{kind}" for name in ("query", "key", "value")),
-            their_rows=rows_of_qkv(c),
-        )
-        for kind in ("weight", "bias")
-    )
+    names = ("query", "key", "value")
+    qkv = qkv_rules(c, {kind: tuple(f"attention.self.{name}.{kind}" for name in names) for kind in ("weight", "bias")})
     others = {
         "attention.out": "attention.output.dense",
         "attention_norm": "attention.output.LayerNorm",

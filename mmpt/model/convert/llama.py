@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from mmpt.config import ModelConfig, TransformerConfig
-from mmpt.model.convert.architecture import Architecture, Part, of_layers, rows_of_qkv
+from mmpt.model.convert.architecture import Architecture, Part, of_layers, qkv_rules
 from mmpt.model.convert.rules import Experts, Rule, same
 from mmpt.model.convert.settings import ACTIVATIONS, Setting, Theirs
 
@@ -177,33 +177,16 @@ def _kinds(config: TransformerConfig) -> tuple[str, ...]:
 
 
 def _attention(config: TransformerConfig) -> tuple[Rule, ...]:
-    rows, kinds = rows_of_qkv(config), _kinds(config)
-    qkv = (
-        Rule(
-            ours=(f"attention.qkv.{kind}",),
-            theirs=tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv"),
-            their_rows=rows,
-        )
-        for kind in kinds
-    )
+    kinds = _kinds(config)
     return (
         *same({"attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight"}),
-        *qkv,
+        *qkv_rules(config, {kind: tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv") for kind in kinds}),
         *same({f"attention.out.{kind}": f"self_attn.o_proj.{kind}" for kind in kinds}),
     )
 
 
 def _feed_forward(config: TransformerConfig) -> tuple[Rule, ...]:
-    kinds = _kinds(config)
-    gates = (
-        Rule(
-            ours=(f"ffn.gate_up.{kind}",),
-            theirs=(f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}"),
-            their_rows=(config.ffn_dim, config.ffn_dim),
-        )
-        for kind in kinds
-    )
-    return (*gates, *same({f"ffn.down.{kind}": f"mlp.down_proj.{kind}" for kind in kinds}))
+    return same({f"ffn.{name}.{kind}": f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in _kinds(config)})
 
 
 def _experts(config: TransformerConfig) -> tuple[Rule, ...]:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from mmpt.config import BlocksConfig, ImageEncoderConfig, ModelConfig
-from mmpt.model.convert.architecture import Architecture, Part, of_layers
+from mmpt.model.convert.architecture import Architecture, Part, of_layers, qkv_rules
 from mmpt.model.convert.rules import OneRow, Patches, Rule, Scalar, Transposed, same, with_bias
 from mmpt.model.convert.settings import Setting, Theirs
 from mmpt.model.encoders.pooling import POOL_HEADS
@@ -170,11 +170,16 @@ def _blocks(config: BlocksConfig) -> dict[str, Any]:
     }
 
 
-LAYER = (
-    *with_bias({"attention_norm": "ln_1", "attention.out": "attn.out_proj", "ffn_norm": "ln_2"}),
-    *with_bias({"ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}),
-    *same({"attention.qkv.weight": "attn.in_proj_weight", "attention.qkv.bias": "attn.in_proj_bias"}),
-)
+def _layers(config: BlocksConfig) -> tuple[Rule, ...]:
+    modules = {
+        "attention_norm": "ln_1",
+        "attention.out": "attn.out_proj",
+        "ffn_norm": "ln_2",
+        "ffn.up": "mlp.c_fc",
+        "ffn.down": "mlp.c_proj",
+    }
+    qkv = qkv_rules(config, {kind: (f"attn.in_proj_{kind}",) for kind in ("weight", "bias")})
+    return of_layers(config, (*with_bias(modules), *qkv), "transformer.blocks.{}.", "transformer.resblocks.{}.")
 
 
 def _image(config: ModelConfig) -> tuple[Rule, ...]:
@@ -186,7 +191,7 @@ def _image(config: ModelConfig) -> tuple[Rule, ...]:
         Rule(ours=("stem.project.weight",), theirs=("conv1.weight",), form=Patches(c.patch)),
         *same({"class_token": "class_embedding", "positions": "positional_embedding"}),
         *with_bias(norms),
-        *of_layers(c, LAYER, "transformer.blocks.{}.", "transformer.resblocks.{}."),
+        *_layers(c),
     )
     return tuple(rule.within("image_encoder.", "visual.") for rule in rules)
 
@@ -195,7 +200,7 @@ def _text(config: ModelConfig) -> tuple[Rule, ...]:
     return (
         *same({"embed_tokens.weight": "token_embedding.weight", "embed_positions.weight": "positional_embedding"}),
         *with_bias({"transformer.norm": "ln_final"}),
-        *of_layers(config.transformer, LAYER, "transformer.blocks.{}.", "transformer.resblocks.{}."),
+        *_layers(config.transformer),
     )
 
 

@@ -3,7 +3,7 @@
 theirs (by name) --join--> one tensor --split--> ours (by name), and back the same way
 
 Nearly every rule has one name on either side. Rows are joined where one side keeps together what the other keeps apart:
-queries, keys and values; gate and value of a SwiGLU; all experts of a layer.
+queries, keys and values; all experts of a layer.
 """
 
 from __future__ import annotations
@@ -87,6 +87,23 @@ class Experts:
 
     def theirs(self, ours: Tensor) -> Tensor:
         return ours.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class ByKeyHead:
+    """Queries, keys and values of all heads, `rows` of each; and for every head of keys its queries, its keys, its values."""
+
+    kv_heads: int
+    rows: tuple[int, int, int]
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        parts = theirs.split(list(self.rows))
+        return torch.cat([part.unflatten(0, (self.kv_heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        by_head = ours.unflatten(0, (self.kv_heads, -1))
+        parts = by_head.split([rows // self.kv_heads for rows in self.rows], dim=1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)

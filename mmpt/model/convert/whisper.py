@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmpt.config import ModelConfig
-from mmpt.model.convert.architecture import Architecture, Part, of_layers, rows_of_qkv
+from mmpt.model.convert.architecture import Architecture, Part, of_layers, qkv_rules
 from mmpt.model.convert.rules import Rule, with_bias
 from mmpt.model.convert.settings import ACTIVATIONS, Setting, Theirs
 from mmpt.model.encoders.audio import sinusoids
@@ -42,7 +42,6 @@ def settings(theirs: Theirs) -> dict[str, Setting]:
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    rows = rows_of_qkv(config.audio)
     layers = {
         "attention_norm": "self_attn_layer_norm",
         "attention.out": "self_attn.out_proj",
@@ -50,16 +49,11 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
         "ffn.up": "fc1",
         "ffn.down": "fc2",
     }
-    weight = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
-    layer = (
-        *with_bias(layers),
-        Rule(ours=("attention.qkv.weight",), theirs=weight, their_rows=rows),
-        Rule(
-            ours=("attention.qkv.bias",),
-            theirs=("self_attn.q_proj.bias", None, "self_attn.v_proj.bias"),
-            their_rows=rows,
-        ),
-    )
+    qkv = {
+        "weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+        "bias": ("self_attn.q_proj.bias", None, "self_attn.v_proj.bias"),
+    }
+    layer = (*with_bias(layers), *qkv_rules(config.audio, qkv))
     whole = {"conv1": "conv1", "conv2": "conv2", "transformer.norm": "layer_norm"}
     return tuple(
         rule.within("audio_encoder.", "encoder.")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmpt.config import AudioEncoderConfig
 from mmpt.model.attention import AttentionLayout
 from mmpt.model.encoders.pooling import AttentionPool, Encoded, initialize_linear, mean_of_items
+from mmpt.model.layers import widened
 from mmpt.model.rotary import rotary_angles
 from mmpt.model.transformer import Transformer
 from mmpt.types import MediaBatch
@@ -55,8 +56,8 @@ class AudioEncoder(nn.Module):
 
     def encode(self, media: MediaBatch) -> Float[Tensor, "states dim"]:
         """The states behind the last norm, one for two frames."""
-        x = F.gelu(convolve(media.values, self.conv1, media.cu_seqlens))
-        x = F.gelu(convolve(x, self.conv2, media.cu_seqlens)).float()  # blocks add to it in fp32, under autocast as well
+        x = F.gelu(convolve(media.values.to(self.conv1.weight.dtype), self.conv1, media.cu_seqlens))
+        x = widened(F.gelu(convolve(x, self.conv2, media.cu_seqlens)))  # blocks add to it in fp32, under autocast as well
         cu_seqlens = media.cu_seqlens // 2
         lengths = cu_seqlens.diff()
         places = torch.arange(len(x), device=x.device) - cu_seqlens[:-1].repeat_interleave(lengths, output_size=len(x))

@@ -21,7 +21,7 @@ from mmpt.model.attention import AttentionLayout
 from mmpt.model.encoders.grids import ClassRows, Places, merge_neighbours
 from mmpt.model.encoders.pooling import AttentionPool, Encoded, initialize_linear, mean_of_items
 from mmpt.model.encoders.stems import ConvStem, LinearStem, normalize
-from mmpt.model.layers import make_norm
+from mmpt.model.layers import make_norm, widened
 from mmpt.model.rotary import rotary_angles
 from mmpt.model.transformer import Transformer
 from mmpt.types import MediaBatch
@@ -64,9 +64,8 @@ class ImageEncoder(nn.Module):
         return Encoded(features=self.features(x, places, classes), pooled=self.pooled(x, places, classes))
 
     def embed(self, media: MediaBatch, places: Places) -> Float[Tensor, "N dim"]:
-        x = self.stem(
-            normalize(media.values, self.config), media.grid
-        ).float()  # blocks add to it in fp32, under autocast as well
+        pixels = normalize(media.values, self.config).to(self.stem.project.weight.dtype)
+        x = widened(self.stem(pixels, media.grid))  # blocks add to it in fp32, under autocast as well
         if self.positions is None:
             return x
         shapes, shape_of_item = media.grid[:, 1:].unique(dim=0, return_inverse=True)
@@ -82,7 +81,7 @@ class ImageEncoder(nn.Module):
         table, side = self.positions[self.config.class_token :], self.config.patches_per_side
         if (height, width) == (side, side):
             return table
-        square = rearrange(table.float(), "(h w) d -> 1 d h w", h=side)
+        square = rearrange(widened(table), "(h w) d -> 1 d h w", h=side)
         resized = F.interpolate(square, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
         return rearrange(resized, "1 d h w -> (h w) d")
 

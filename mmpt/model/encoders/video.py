@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpt.config import ImageEncoderConfig, VideoEncoderConfig
 from mmpt.model.encoders.image import ImageEncoder
 from mmpt.model.encoders.pooling import Encoded, mean_of_items
+from mmpt.model.layers import widened
 from mmpt.types import MediaBatch
 
 WAVES = 32
@@ -45,7 +46,9 @@ class VideoEncoder(nn.Module):
     def features(
         self, seen: Float[Tensor, "N D"], media: MediaBatch, rows_of_frame: Int[Tensor, " F"]
     ) -> Float[Tensor, "rows D"]:
-        times = self.time(time_waves(media.times)).repeat_interleave(rows_of_frame, dim=0, output_size=len(seen))
+        times = self.time(time_waves(media.times).to(self.time.weight.dtype)).repeat_interleave(
+            rows_of_frame, dim=0, output_size=len(seen)
+        )
         rows_of_item = media.grid[:, 1] * media.grid[:, 2] // self.merge**2
         return average_frames(seen + times, media.grid[:, 0], rows_of_item, self.merge_frames)
 
@@ -83,5 +86,5 @@ def average_frames(
     group, place = local // rows[item] // count, local % rows[item]
     target = (averaged.cumsum(0) - averaged)[item] + group * rows[item] + place
     members = (frames[item] - group * count).clamp(max=count)
-    total = torch.zeros(int(averaged.sum()), x.shape[1], device=x.device)
-    return total.index_add(0, target, x.float() / members[:, None])
+    wide = widened(x)
+    return wide.new_zeros(int(averaged.sum()), x.shape[1]).index_add(0, target, wide / members[:, None])

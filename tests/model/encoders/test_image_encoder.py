@@ -69,7 +69,7 @@ def from_open_clip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in theirs.items():
         for old, new in plain.items():
             name = name.replace(old, new)
-        ours[name] = tensor
+        ours[name] = rearrange(tensor, "(three h d) ... -> (h three d) ...", three=3, h=4) if "qkv" in name else tensor
     ours["stem.project.weight"] = rearrange(ours.pop("conv1.weight"), "d c p q -> d (p q c)")
     ours["head.weight"] = ours.pop("proj").T
     if not pool:

@@ -89,17 +89,27 @@ def packed(packs: Sequence[Documents], labels: Sequence[Documents] | None = None
         "token_types": torch.zeros_like(nothing),
         "media_index": nothing,
         "pool_index": nothing,
+        "span_ids": nothing,
         "images": no_media(),
         "audios": no_media(),
         "videos": no_media(),
         "slots": EmbeddingSlots(modality=none, item=none, pair=none, content=none),
-        "segments": Segments(document=none, task=none, next_sentence=none),
+        "segments": segments_of(tensors["document_ids"], len(packs)),
         "packs": len(packs),
+        "kinds": none,
         "provenance": (),
         "state": state,
         "report": LoadReport(milliseconds={}, tokens={}, faults=()),
     }
     return PackedBatch(**{**whole, **fields})
+
+
+def segments_of(document_ids: Tensor, packs: int) -> Segments:
+    """Of documents that are numbered from 0, one segment each, in packs of equal length."""
+    numbers = torch.arange(int(document_ids.max()) + 1)
+    first = (document_ids[None] == numbers[:, None]).int().argmax(1)
+    pack = first // (len(document_ids) // packs)
+    return Segments(document=numbers, task=0 * numbers, next_sentence=0 * numbers + IGNORE, pack=pack, first=first)
 
 
 def rows_of(batch: PackedBatch, rows: Tensor) -> list[Tensor]:

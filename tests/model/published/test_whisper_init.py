@@ -83,7 +83,8 @@ def test_states_and_every_gradient(tmp_path: Path):
     encoder = {f"encoder.{name}": p.grad for name, p in theirs.get_encoder().named_parameters() if p.requires_grad}
     assert_all_near(to_theirs(WHISPER.rules(model_config()), gradients), encoder)
     bias = gradients["audio_encoder.transformer.blocks.0.attention.qkv.bias"]
-    assert bias[32:64].abs().max() < TOLERANCE * bias.abs().max(), "keys have no bias there, and here one without effect"
+    of_keys = bias.view(4, 3, 8)[:, 1]
+    assert of_keys.abs().max() < TOLERANCE * bias.abs().max(), "keys have no bias there, and here one without effect"
 
 
 def test_published_files_hold_the_whole_model(tmp_path: Path):
