@@ -5,6 +5,7 @@
 Beside it torch's internal ring and ring-attention-pytorch (in an environment of its own, made on the first run). One document:
 one thread's time is that of torch's attention for all tokens in one process. Six packed documents with media spans: that of our
 own kernel on the same slices; torch's ring knows no documents and runs all tokens as one, which shows the price of that.
+Both at once: each rank computes all tokens for itself, without a message; what the machine leaves of ideal when both cores work.
 Rounds are interleaved and figures are medians over rounds of the slower rank. Errors are norms of the difference to one process
 over the norm, the largest of output and gradients; bf16: to fp32 of the same numbers. --device: see ring_kernels.py.
 """
@@ -38,7 +39,7 @@ from mmpt.parallel.ring import ring_attention
 HERE = Path(__file__).parent
 RANKS, HEADS, HEAD_DIM = 2, 8, 64
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SYSTEMS = ("one thread", "mmpt", "torch", "ring-attention-pytorch")
+SYSTEMS = ("one thread", "both at once", "mmpt", "torch", "ring-attention-pytorch")
 SLOW_ROUNDS = 3  # of ring-attention-pytorch, which takes many times as long
 LIMIT = 1200  # seconds for all ranks
 
@@ -78,9 +79,10 @@ def ours(case: Case, heads: Sequence[Tensor], ranks: int) -> Share:
 
 def shares(case: Case, heads: Sequence[Tensor]) -> dict[str, Share]:
     """What this rank runs, by system. One thread's is the first rank's alone."""
-    found = {"mmpt": ours(case, heads, RANKS), "torch": torch_ring(heads)}
+    alone = ours(case, heads, 1) if case.packed else one_process(heads)
+    found = {"both at once": alone, "mmpt": ours(case, heads, RANKS), "torch": torch_ring(heads)}
     if dist.get_rank() == 0:
-        found["one thread"] = ours(case, heads, 1) if case.packed else one_process(heads)
+        found["one thread"] = alone
     if not case.packed and case.kind == "fp32" and (other := ring_attention_pytorch(heads)):
         found["ring-attention-pytorch"] = other
     return found
@@ -93,7 +95,7 @@ def errors(case: Case, heads: Sequence[Tensor], found: dict[str, Share]) -> dict
     expected = [share.restore(x) for x in share.run()]
     result = {}
     for name in SYSTEMS:
-        if name == "one thread" or name not in found or (name == "torch" and case.packed):
+        if name in SYSTEMS[:2] or name not in found or (name == "torch" and case.packed):
             continue
         parts: list[Any] = [None] * RANKS
         own = found[name]
@@ -156,10 +158,10 @@ def on_ranks(python: Path, rounds: int) -> list[dict[str, Any]]:
 def figures_of(found: dict[str, Any]) -> dict[str, Any]:
     """Medians, and each ring's fraction of ideal."""
     medians = {name: statistics.median(values) for name, values in found["seconds"].items()}
-    ideal = medians["one thread"] / RANKS
+    ideal = {name: medians["one thread"] / (1 if name == "both at once" else RANKS) for name in medians}
     return {
         "milliseconds": {name: 1e3 * value for name, value in medians.items()},
-        "fraction_of_ideal": {name: ideal / value for name, value in medians.items() if name != "one thread"},
+        "fraction_of_ideal": {name: ideal[name] / value for name, value in medians.items() if name != "one thread"},
         "errors": found["errors"],
         "rounds": {name: len(values) for name, values in found["seconds"].items()},
     }

@@ -6,6 +6,7 @@ Commands import what they need when they run: torch takes seconds, and `--help` 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a mistake of the user's, 130 when stopped by Ctrl-C."""
     try:
         code = int(app(arguments, prog_name="mmpt", standalone_mode=False) or 0)
-        if code == 130:  # typer's for Ctrl-C
+        if code == 130 and os.environ.get("RANK", "0") == "0":  # typer's for Ctrl-C, which reaches all ranks
             _complain("stopped; a run goes on from its last checkpoint when the command is given again")
         return code
     except TyperException as error:

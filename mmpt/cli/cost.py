@@ -41,8 +41,11 @@ def cost(
     from mmpt.config import load
     from mmpt.parallel.cost import Heads, Machine, hops_of, slowest
     from mmpt.parallel.planner import plan_sequence
+    from mmpt.types import UserError
 
     run = load(config, overrides)
+    if window := run.model.transformer.window:
+        raise UserError(f"model.transformer.window = {window}: what a window spares is not counted; leave it out to see the rest")
     layout = _layout(run, ranks)
     lengths = pack_lengths(run.data.pack_tokens, documents) * (run.data.packs_per_batch // layout.data)
     causal = "bidirectional" if run.model.transformer.mask == "bidirectional" else "causal"
@@ -93,7 +96,9 @@ def _table(title: str, hops: tuple[Hop, ...], found: Pass) -> Table:
         shown = [*shown, (f"{len(rest)} more", *map(sum, list(zip(*rest, strict=True))[1:]))]
     for name, count, size, *seconds in [*shown, ("all", *map(sum, list(zip(*rows, strict=True))[1:]))]:
         table.add_row(name, f"{count / 1e6:,.1f}", f"{size / 1e9:.3f}", *(f"{1e3 * each:,.3f}" for each in seconds))
-    table.caption = f"hidden: {found.hidden:.1%} of the transfers' time; transfers stand beside the computation that hides them"
+    sent = any(size for _, _, size, *_ in rows)
+    hidden = f"hidden: {found.hidden:.1%} of the transfers' time; transfers stand beside the computation that hides them"
+    table.caption = hidden if sent else "no key is sent"
     table.caption_justify = "left"
     return table
 
@@ -105,10 +110,11 @@ def _print_bounds(run: RunConfig, layout: Layout, plan: SequencePlan, machine: M
     heads = Heads.of(run.model.transformer, layout)
     lengths = [stop - start for start, stop in zip(plan.visible.starts, plan.visible.starts[1:], strict=False)]
     bounds = [length_that_hides(plan, heads, machine, direction) for direction in ("forward", "backward")]
-    typer.echo(
-        f"all is hidden once a token's document has {bounds[0]:,.0f} tokens (forward) and {bounds[1]:,.0f} (backward) "
-        f"in the mean over tokens; here {length_seen(lengths):,.0f}"
-    )
+    if plan.remote:
+        typer.echo(
+            f"all is hidden once a token's document has {bounds[0]:,.0f} tokens (forward) and {bounds[1]:,.0f} (backward) "
+            f"in the mean over tokens; here {length_seen(lengths):,.0f}"
+        )
     if layout.ulysses > 1:
         size = ulysses_bytes(len(plan.order) // layout.ring, heads, layout)
         typer.echo(f"ulysses: {size / 1e9:.3f} GB a rank, layer and pass besides: {1e3 * size / inner:.2f} ms, not hidden")

@@ -65,7 +65,7 @@ def layout_of(config: RunConfig, ranks: int) -> Layout:
 def _miscount(wanted: dict[str, int | None], fixed: int, ranks: int) -> str:
     product = " x ".join(f"{name} {'(the rest)' if size is None else size}" for name, size in wanted.items())
     multiple = "a multiple of " if wanted["dp_shard"] is None else ""
-    there = "there is 1 without torchrun" if ranks == 1 else f"there are {ranks}"
+    there = f"there is 1: start them with torchrun --nproc-per-node {fixed}" if ranks == 1 else f"there are {ranks}"
     return f"{product} wants {multiple}{fixed} ranks, and {there}"
 
 
