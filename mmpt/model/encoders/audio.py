@@ -5,7 +5,7 @@ states --mean of neighbours, project--> features (rows, D);  states --pool, head
 
 What the names are in Hugging Face's WhisperEncoder: conv1 and conv2 are the same; transformer.blocks.{i}.attention_norm,
 .ffn_norm, .ffn.up, .ffn.down and .attention.out are layers.{i}.self_attn_layer_norm, .final_layer_norm, .fc1, .fc2 and
-.self_attn.out_proj; .attention.qkv is self_attn's q_proj, k_proj (which has no bias there: 0) and v_proj, head by head; transformer.norm is
+.self_attn.out_proj; .attention.qkv is self_attn's q_proj, k_proj (which has no bias there: 0) and v_proj; transformer.norm is
 layer_norm. embed_positions.weight is no parameter here: it is `sinusoids`.
 """
 
